@@ -1,0 +1,56 @@
+# Every target creates .venv with the pinned stack when it is missing or out of date.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# two workers, one thread each: torch would otherwise start a thread per core in every worker
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-ci test-all lint format bench coverage clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt hatchling editables
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)  ## train on the default corpus (at most 5 minutes on 2 cores), then a table, a sample and a report
+	@run=runs/demo; n=1; while [ -e "$$run" ]; do n=$$((n + 1)); run=runs/demo-$$n; done; \
+	$(BIN)/localexit train --run "$$run"
+
+test: lint  ## lint, types and the fast tests
+	$(PYTEST) -m "not slow and not long"
+
+test-ci: $(STAMP)  ## the slow tests, and the kernels under Triton's interpreter
+	$(PYTEST) -m slow
+	@if [ -d tests/kernels ]; then \
+		echo "kernel tests under TRITON_INTERPRET=1"; \
+		OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not long" tests/kernels; \
+	fi
+
+test-all: test test-ci  ## everything, the tests that take minutes included
+	$(PYTEST) -m long
+
+lint: $(STAMP)  ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## the CPU benchmark table
+	$(BIN)/localexit bench
+
+coverage: $(STAMP)  ## line and branch coverage of src
+	$(PYTEST) -m "not long" --cov --cov-report=term-missing
+
+clean:  ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov dist build
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
