@@ -1,0 +1,10 @@
+"""Train any model unit by unit: find its blocks, give them exits, keep their gradients apart."""
+
+from localexit.local.attach import attach
+from localexit.local.discover import Anatomy, discover
+from localexit.local.exits import Exit
+from localexit.local.model import LocalModel
+from localexit.local.steps import ExitEvaluation, LocalOutput
+from localexit.local.units import Unit
+
+__all__ = ["Anatomy", "Exit", "ExitEvaluation", "LocalModel", "LocalOutput", "Unit", "attach", "discover"]

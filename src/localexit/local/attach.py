@@ -1,0 +1,115 @@
+"""Train any decoder language model unit by unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localexit import _checks
+from localexit.feedback import Feedback, make_feedback
+from localexit.local.discover import Anatomy, discover
+from localexit.local.exits import Exit, Readout, make_exits, warn_if_scale_invariant
+from localexit.local.model import LocalModel
+from localexit.local.steps import LossSettings
+from localexit.local.units import exit_blocks, make_units
+
+BACKWARD_MODES = ("deferred", "stream")
+
+
+def attach(
+    model: nn.Module,
+    *,
+    feedback: str | Feedback = "mirror_sampled",
+    exits: str | Iterable[int] = "every",
+    exit_norm: str | nn.Module = "shared",
+    backward: str = "deferred",
+    exit_weights: Sequence[float] | None = None,
+    example: Tensor | Mapping[str, Any] | None = None,
+    seed: int = 0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> LocalModel:
+    """Give a model exits, and train it unit by unit from their losses.
+
+    Blocks, unembedding and what lies between are found by one traced forward on random tokens, and verified: the
+    exits' logits must be the model's. `LocalModel.remove()` undoes everything.
+
+    Args:
+        model: a causal language model of `transformers`, or any decoder: `forward(input_ids) -> logits [B, T, V]`, or
+            an object with `.logits`.
+        feedback: a rule or its name.
+        exits: "every" block, "every:k" for every k-th, or block indices. The last block always has one.
+        exit_norm: what stands between a block and the unembedding at all exits but the last, which has the model's own:
+            "shared" (the model's own, trained by all), "copy" (a copy each), "none", or a module.
+        backward: "deferred": the loss has its graph, and any outer backward trains the model. "stream": gradients are
+            made during the forward, and memory for activations does not grow with depth.
+        exit_weights: what each exit's loss counts in the sum, positive; 1 each by default.
+        example: token ids [B, T], or a dict with the inputs of one forward, where random ids would not do.
+        seed: seed of the rule when given by name, and of the random tokens.
+        label_smoothing: of the training loss, in [0, 1).
+        z_loss: factor of lse² in the training loss.
+
+    Raises:
+        ValueError: an option is out of range, the model's parts cannot be found, its logits cannot be reproduced, it is
+            attached already, or it is compiled as a whole.
+        TypeError: an argument is of the wrong type.
+    """
+    _check_model(model)
+    _checks.choice("backward", backward, BACKWARD_MODES)
+    _checks.loss_options("mean", label_smoothing, z_loss, None)
+    anatomy = discover(model, example, seed=seed)
+    model_exits, exit_norms = make_exits(exit_blocks(exits, len(anatomy.blocks)), anatomy, exit_norm)
+    rule = _rule(feedback, anatomy.unembedding.weight, seed=seed)
+    warn_if_scale_invariant(model_exits, anatomy.example_hidden, rule.name)
+    units, shared = make_units(
+        model,
+        anatomy.blocks,
+        [exit_.block_index for exit_ in model_exits],
+        shared=_shared_by_exits(anatomy, model_exits, exit_norm),
+        norms=[exit_.norm for exit_ in model_exits],
+    )
+    readout = Readout(unembedding=anatomy.unembedding, scale=anatomy.scale, softcap=anatomy.softcap)
+    return LocalModel(
+        model,
+        blocks=anatomy.blocks,
+        units=units,
+        shared=shared,
+        exits=model_exits,
+        exit_norms=exit_norms,
+        settings=LossSettings(readout=readout, feedback=rule, label_smoothing=label_smoothing, z_loss=z_loss),
+        backward_mode=backward,
+        exit_weights=exit_weights,
+    )
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        raise ValueError(
+            "model is compiled as a whole, and exits inside one compiled graph cannot train its units one by one; attach "
+            "to the model as it was before, and compile its blocks one by one"
+        )
+    forward = getattr(model.__dict__.get("forward"), "func", None)
+    if isinstance(getattr(forward, "__self__", None), LocalModel):
+        raise ValueError("model is attached already; call remove() on that LocalModel first")
+
+
+def _rule(feedback: str | Feedback, weight: Tensor, *, seed: int) -> Feedback:
+    vocab_size, hidden_size = weight.shape
+    if isinstance(feedback, str):
+        return make_feedback(feedback, hidden_size, vocab_size, seed=seed).to(weight.device)
+    with torch.no_grad():
+        _checks.feedback_fits(feedback, weight[:0], weight)
+    return feedback
+
+
+def _shared_by_exits(anatomy: Anatomy, exits: Sequence[Exit], exit_norm: str | nn.Module) -> list[nn.Parameter]:
+    bias = anatomy.unembedding.bias
+    shared = [anatomy.unembedding.weight, *([] if bias is None else [bias])]
+    if exit_norm == "shared" or isinstance(exit_norm, nn.Module):
+        shared += [parameter for module in exits[0].norm for parameter in module.parameters()]
+    return shared

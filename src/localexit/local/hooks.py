@@ -1,0 +1,149 @@
+"""Hooks on the blocks: they keep the units' graphs apart, call the exits, and end the forward after the last one."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localexit.local.exits import Exit
+from localexit.local.graph import UnitGraph
+from localexit.local.steps import Step, StreamStep
+from localexit.local.trees import detach_tensor, first_tensor, replace_tensors, tensors_requiring_grad
+from localexit.local.units import Unit
+
+
+class ForwardDone(BaseException):
+    """Ends a forward after the last exit, so that the model's own tail, logits and loss are not computed.
+
+    Not an `Exception`, so that a model's own error handling lets it pass.
+    """
+
+
+class BlockHooks:
+    """Hooks on every block; they do nothing unless a step is running.
+
+    Args:
+        model: the model, for the names of its parameters.
+        blocks: its blocks, in order.
+        units: the units, in order.
+        exits: the exits, one per unit.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], units: Sequence[Unit], exits: Sequence[Exit]
+    ) -> None:
+        names = {id(module): name for name, module in model.named_modules()}
+        self._blocks = [(names[id(block)], block) for block in blocks]
+        self._units = [unit for unit in units for _ in unit.block_indices]
+        self._exits = tuple(exits)
+        self._graphs = unit_graphs(model, blocks, units)
+        self._step: Step | None = None
+        self._is_checked = False
+        self._handles = [
+            handle
+            for index, block in enumerate(blocks)
+            for handle in (
+                block.register_forward_pre_hook(functools.partial(self._before, index), with_kwargs=True),
+                block.register_forward_hook(functools.partial(self._after, index)),
+            )
+        ]
+
+    @contextmanager
+    def running(self, step: Step) -> Iterator[None]:
+        """Send the hidden states of the forward inside to `step`, until its last exit.
+
+        Raises:
+            RuntimeError: another step is running, or the forward inside did not come to the last exit.
+        """
+        if self._step is not None:
+            raise RuntimeError("this model is in the middle of a forward; run one step after the other")
+        self._step = step
+        try:
+            yield
+        except ForwardDone:
+            self._is_checked = self._is_checked or step.is_training
+        else:
+            raise RuntimeError(
+                f"the forward ended without running block {self._blocks[-1][0]!r}, so its exit has no loss; blocks that "
+                f"are skipped at random (layer drop) do not go together with exits: switch that off"
+            )
+        finally:
+            self._step = None
+            for graph in self._graphs:
+                graph.leave()
+
+    def remove(self) -> None:
+        """Take the hooks off the blocks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, index: int, _block: nn.Module, args: Any, kwargs: Any) -> Any:
+        step, unit = self._step, self._units[index]
+        if step is None or not step.is_training:
+            return None
+        self._refuse_recomputation(step)
+        if unit.index == 0:
+            return None
+        graph = self._graphs[unit.index]
+        separate = graph.enter if index == unit.block_indices[0] else graph.keep_own
+        return separate(args), separate(kwargs)
+
+    def _after(self, index: int, _block: nn.Module, _args: Any, output: Any) -> Any:
+        step, unit = self._step, self._units[index]
+        if step is None:
+            return None
+        graph = self._graphs[unit.index]
+        if index != unit.block_indices[-1]:
+            graph.add_outputs(tensors_requiring_grad(output))
+            return None
+        hidden = first_tensor(output, what=self._blocks[index][0])
+        if step.is_training and not self._is_checked:
+            self._check(unit, hidden)
+        step.at_exit(self._exits[unit.index], hidden)
+        graph.leave()
+        if unit.index == step.last_exit:
+            raise ForwardDone
+        return replace_tensors(output, detach_tensor) if step.is_training else None
+
+    def _check(self, unit: Unit, hidden: Tensor) -> None:
+        """In the first training step: does this unit's loss train its own blocks, and nothing else?"""
+        graph = self._graphs[unit.index]
+        leaves = {id(leaf) for leaf in graph.check(hidden, [self._blocks[index] for index in unit.block_indices])}
+        if unit.index == 0:
+            self._graphs[0].cut_off.clear()
+            self._first_unit_leaves = leaves
+        lost = [graph.names.get(id(leaf)) for leaf in graph.cut_off.values() if id(leaf) not in self._first_unit_leaves]
+        names = [name for name in lost if name is not None]
+        if names:
+            warnings.warn(
+                f"{', '.join(names)} reach only blocks after the first unit, from outside of them: such parameters belong "
+                f"to the first unit, whose loss does not depend on them, so they get no gradient. Move them into a block",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _refuse_recomputation(self, step: Step) -> None:
+        in_backward = isinstance(step, StreamStep) and step.is_in_backward
+        if in_backward or not torch.is_grad_enabled():
+            raise ValueError(
+                "a block runs under activation checkpointing (no_grad in the forward, or once more in the backward); "
+                "switch it off: every unit frees its activations before the next one starts"
+            )
+
+
+def unit_graphs(model: nn.Module, blocks: Sequence[nn.Module], units: Sequence[Unit]) -> list[UnitGraph]:
+    """One `UnitGraph` per unit.
+
+    The first unit owns whatever is not in another unit's blocks; a later one owns its blocks and nothing else.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    own = [{id(p) for index in unit.block_indices for p in blocks[index].parameters()} for unit in units]
+    in_later_blocks = set().union(*own[1:]) - own[0]
+    foreign = [in_later_blocks, *(set(names) - mine for mine in own[1:])]
+    return [UnitGraph(names=names, own=mine, foreign=other) for mine, other in zip(own, foreign, strict=True)]

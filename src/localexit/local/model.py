@@ -1,0 +1,330 @@
+"""The attached model: a forward that trains it unit by unit, and what else its exits are good for."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localexit.local.exits import Exit
+from localexit.local.hooks import BlockHooks
+from localexit.local.steps import (
+    DeferredStep,
+    EvaluationStep,
+    ExitEvaluation,
+    LocalOutput,
+    LogitsStep,
+    LossSettings,
+    StreamStep,
+    TrainingStep,
+    num_targets,
+    shifted,
+)
+from localexit.local.trace import accepts, eval_mode
+from localexit.local.units import Unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingInputs:
+    """The arguments of one training forward, ours taken out.
+
+    Attributes:
+        labels: [B, T].
+        num_items: normaliser of the loss, or None for the number of labels that count.
+        loss_scale: factor of the gradients in stream mode, or None.
+        args, kwargs: what the model's own forward gets.
+    """
+
+    labels: Tensor
+    num_items: Tensor | int | None
+    loss_scale: Tensor | float | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def take(cls, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> TrainingInputs | None:
+        """Split the arguments of a call of the model's forward; None when there are no labels."""
+        if args and kwargs.get("labels") is None:
+            # Labels given by position must not be missed: the model would silently train end to end.
+            bound = inspect.signature(forward).bind_partial(*args, **{k: v for k, v in kwargs.items() if k not in OURS})
+            if bound.arguments.get("labels") is not None:
+                ours = {key: value for key, value in kwargs.items() if key in OURS}
+                labels, bound.arguments["labels"] = bound.arguments["labels"], None
+                args, kwargs = bound.args, {**bound.kwargs, **ours, "labels": labels}
+        if kwargs.get("labels") is None:
+            return None
+        num_items = kwargs.get("num_items")
+        return cls(
+            labels=kwargs["labels"],
+            num_items=kwargs.get("num_items_in_batch") if num_items is None else num_items,
+            loss_scale=kwargs.get("loss_scale"),
+            args=args,
+            kwargs={key: value for key, value in kwargs.items() if key not in OURS},
+        )
+
+
+# Arguments of a training forward that the model itself does not get; the third is the name `transformers` uses.
+OURS = ("labels", "num_items", "num_items_in_batch", "loss_scale")
+
+
+class LocalModel(nn.Module):
+    """A model whose units each learn from their own exit's loss; made by `localexit.attach`.
+
+    In training mode with gradients enabled and `labels` given, a forward computes the exits' losses instead of the
+    model's own logits and loss: through this object, and through the model itself alike. In every other case (eval,
+    no_grad, inference_mode, generate(), no labels) the model computes what it always did, bitwise.
+
+    `parameters()` and `state_dict()` hold everything: the model, exit norms of their own, the feedback's state.
+
+    Attributes:
+        model: the model.
+        exit_norms: the exits' norms that are not part of the model.
+        feedback: the rule that all exits share.
+        units: what learns together, first to last; unit i ends in exit i.
+        exits: the exits, first to last.
+        backward_mode: "deferred" or "stream".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        blocks: Sequence[nn.Module],
+        units: tuple[Unit, ...],
+        shared: tuple[nn.Parameter, ...],
+        exits: tuple[Exit, ...],
+        exit_norms: nn.ModuleList,
+        settings: LossSettings,
+        backward_mode: str,
+        exit_weights: Sequence[float] | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.exit_norms = exit_norms
+        self.feedback = settings.feedback
+        self.units = units
+        self.exits = exits
+        self.backward_mode = backward_mode
+        self.exit_weights = (1.0,) * len(exits) if exit_weights is None else exit_weights
+        self._shared = shared
+        self._settings = settings
+        self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        self._hooks: BlockHooks | None = BlockHooks(model, blocks, units, exits)
+        self._replaced_forward = model.__dict__.get("forward")
+        self._original_forward = model.forward
+        self._new_forward = functools.wraps(model.forward)(functools.partial(self._model_forward))
+        model.__dict__["forward"] = self._new_forward
+
+    @property
+    def num_exits(self) -> int:
+        """How many exits there are; as many as units."""
+        return len(self.exits)
+
+    @property
+    def unembedding(self) -> nn.Linear:
+        """The model's unembedding, with `weight` [V, D]."""
+        return self._settings.readout.unembedding
+
+    @property
+    def exit_weights(self) -> tuple[float, ...]:
+        """What each exit's loss counts in the sum; may be set between steps (a warm-up, for one)."""
+        return self._exit_weights
+
+    @exit_weights.setter
+    def exit_weights(self, weights: Sequence[float]) -> None:
+        values = tuple(float(weight) for weight in weights)
+        if len(values) != self.num_exits or not all(0 < value < float("inf") for value in values):
+            raise ValueError(
+                f"exit_weights must be {self.num_exits} positive numbers, one per exit, got {list(values)}; leave an exit "
+                f"out with exits= instead of giving it no weight"
+            )
+        self._exit_weights = values
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """The parameters that several units' losses reach: unembedding, a shared exit norm, weights blocks share."""
+        return list(self._shared)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        num_items: Tensor | int | None = None,
+        loss_scale: Tensor | float | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """One training forward in training mode with labels; the model's own forward otherwise.
+
+        Args:
+            input_ids: int64 [B, T], the first argument of the model's forward.
+            labels: int64 [B, T], token ids like the input's, -100 where nothing is to be learned. The token at t + 1 is
+                predicted at t: the shift is made here.
+            num_items: what the summed loss is divided by; by default the number of labels that count. Give the number
+                of a whole batch when it is made of several forwards.
+            loss_scale: factor of the gradients, for GradScaler; "stream" only.
+            inputs: the model's other inputs.
+
+        Returns:
+            `LocalOutput` for a training forward, else what the model returns.
+
+        Raises:
+            ValueError: labels that do not fit, or labels outside of training for a model that does not take any.
+        """
+        ours = {"labels": labels, "num_items": num_items, "loss_scale": loss_scale}
+        given = {name: value for name, value in ours.items() if value is not None}
+        is_training = self.model.training and torch.is_grad_enabled()
+        if labels is not None and not is_training and not accepts(self.model, "labels"):
+            raise ValueError(
+                "labels given outside of training (eval mode, or gradients are disabled), but the model's own forward takes "
+                "none; use evaluate(input_ids, labels) for the loss of every exit"
+            )
+        return self.model(*_positional(input_ids), **given, **inputs)
+
+    def evaluate(self, input_ids: Tensor | None, labels: Tensor, **inputs: Any) -> ExitEvaluation:
+        """Loss and accuracy of every exit on one batch, in eval mode, without gradients and without [B, T, V] logits.
+
+        Args:
+            input_ids: int64 [B, T].
+            labels: int64 [B, T], as in training.
+            inputs: the model's other inputs.
+        """
+        step = EvaluationStep(settings=self._settings, last_exit=self.num_exits - 1, target=shifted(labels))
+        with torch.no_grad(), eval_mode(self), self._running_hooks().running(step):
+            self.model(*_positional(input_ids), **self._without_cache(inputs))
+        return step.output()
+
+    @torch.no_grad()
+    def exit_logits(
+        self, exit_index: int, /, input_ids: Tensor | None = None, *, logits_to_keep: int = 0, **inputs: Any
+    ) -> Tensor:
+        """Logits at one exit, without gradients; the blocks after it are not run.
+
+        With `past_key_values=` (an object of `transformers`) and `use_cache=True` the blocks up to the exit update
+        their part of the cache; a cache belongs to one exit.
+
+        Args:
+            exit_index: which exit; negative ones count from the last.
+            input_ids: int64 [B, T].
+            logits_to_keep: only the last this many positions; 0 for all.
+            inputs: the model's other inputs.
+
+        Returns:
+            [B, T, V], or [B, logits_to_keep, V]; at the last exit bitwise what the model returns.
+
+        Raises:
+            ValueError: there is no such exit, or use_cache without a cache to fill.
+        """
+        if not -self.num_exits <= exit_index < self.num_exits:
+            raise ValueError(f"exit must be in {-self.num_exits}..{self.num_exits - 1}, got {exit_index}")
+        if inputs.get("use_cache") and inputs.get("past_key_values") is None:
+            raise ValueError("use_cache=True needs past_key_values=, the cache to fill: only logits are returned")
+        step = LogitsStep(
+            settings=self._settings,
+            last_exit=exit_index % self.num_exits,
+            positions=slice(-logits_to_keep, None) if logits_to_keep else slice(None),
+        )
+        with self._running_hooks().running(step):
+            self.model(*_positional(input_ids), **inputs)
+        assert step.logits is not None, "the forward ended at the wanted exit"
+        return step.logits
+
+    def update(self) -> None:
+        """Call once per optimiser step, after all of its forwards: the feedback's own learning and its draws' counter."""
+        self.feedback.update()
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip the gradient of every unit by itself, and of what units share as one more group.
+
+        One norm over all parameters would be communication between units: a large gradient in one would shrink the
+        step of all others.
+
+        Args:
+            max_norm: largest norm allowed, for each group.
+
+        Returns:
+            [num_units + 1], the norms before clipping; the shared parameters' last.
+        """
+        groups = [*(unit.parameters() for unit in self.units), self.shared_parameters()]
+        norms = [nn.utils.clip_grad_norm_(group, max_norm) for group in groups]
+        return torch.stack([norm.to(self.unembedding.weight.device) for norm in norms])
+
+    def remove(self) -> None:
+        """Take everything off the model again: hooks, and the training forward. What it learned stays."""
+        if self._hooks is None:
+            return
+        self._hooks.remove()
+        self._hooks = None
+        # Whoever wrapped the forward after us keeps the wrapper; without hooks ours only passes the call on.
+        if self.model.__dict__.get("forward") is self._new_forward:
+            del self.model.__dict__["forward"]
+            if self._replaced_forward is not None:
+                self.model.__dict__["forward"] = self._replaced_forward
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's forward is while this object is attached."""
+        if self._hooks is None or not (self.model.training and torch.is_grad_enabled()):
+            return self._original_forward(*args, **kwargs)
+        inputs = TrainingInputs.take(self._original_forward, args, kwargs)
+        if inputs is None:
+            return self._original_forward(*args, **kwargs)
+        self._refuse_unsupported(inputs)
+        # Whoever switches the model to training means its feedback as well.
+        self.feedback.train()
+        step = self._training_step(inputs)
+        with self._hooks.running(step):
+            self._original_forward(*inputs.args, **self._without_cache(inputs.kwargs))
+        return step.output()
+
+    def _training_step(self, inputs: TrainingInputs) -> TrainingStep:
+        target = shifted(inputs.labels)
+        num_items = num_targets(target) if inputs.num_items is None else inputs.num_items
+        last_exit = self.num_exits - 1
+        if self.backward_mode == "stream":
+            return StreamStep(
+                settings=self._settings,
+                last_exit=last_exit,
+                target=target,
+                num_items=num_items,
+                weights=self.exit_weights,
+                loss_scale=1.0 if inputs.loss_scale is None else inputs.loss_scale,
+            )
+        return DeferredStep(
+            settings=self._settings, last_exit=last_exit, target=target, num_items=num_items, weights=self.exit_weights
+        )
+
+    def _refuse_unsupported(self, inputs: TrainingInputs) -> None:
+        if inputs.loss_scale is not None and self.backward_mode != "stream":
+            raise ValueError(
+                "loss_scale is for backward='stream'; with 'deferred' the loss has its graph: multiply it before backward()"
+            )
+        if any(module.gradient_checkpointing for module in self._checkpointing):
+            raise ValueError(
+                "gradient checkpointing is enabled; call model.gradient_checkpointing_disable(): every unit frees its "
+                "activations before the next one starts, and recomputation would only cost time"
+            )
+        config = getattr(self.model, "config", None)
+        if inputs.kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
+            raise ValueError(
+                "output_router_logits asks for the router's auxiliary loss, which local training does not compute; set "
+                "config.output_router_logits=False"
+            )
+        if torch.compiler.is_compiling():
+            raise RuntimeError("the whole model is being compiled; compile its blocks one by one instead")
+
+    def _without_cache(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Keys and values cached in training would keep every unit's activations alive until the forward's end."""
+        return {"use_cache": False, **inputs} if accepts(self.model, "use_cache") else inputs
+
+    def _running_hooks(self) -> BlockHooks:
+        if self._hooks is None:
+            raise RuntimeError("this LocalModel was removed from its model; attach again")
+        return self._hooks
+
+
+def _positional(input_ids: Tensor | None) -> tuple[Tensor, ...]:
+    return () if input_ids is None else (input_ids,)

@@ -1,0 +1,327 @@
+"""What happens at the exits during one forward: a training step of either kind, an evaluation, logits at one exit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from localexit.exits.functional import exit_cross_entropy, exit_step
+from localexit.feedback.base import Feedback, accumulate_dtype
+from localexit.local.exits import Exit, Readout
+
+IGNORE_INDEX = -100
+
+
+class LocalOutput(NamedTuple):
+    """What a training forward returns.
+
+    Attributes:
+        loss: 0-dim, Σ over exits of weight · loss, in nats/token. "deferred": call backward on it. "stream": the
+            gradients are there already, and backward on it is an error.
+        exit_losses: [num_exits], each exit's own loss, unweighted and detached.
+        logits: None; logits are never materialised in training.
+    """
+
+    loss: Tensor
+    exit_losses: Tensor
+    logits: None = None
+
+
+class ExitEvaluation(NamedTuple):
+    """Every exit on one batch.
+
+    Attributes:
+        loss: [num_exits], mean cross-entropy in nats/token.
+        accuracy: [num_exits], share of tokens whose most likely successor is the right one.
+        num_tokens: 0-dim, how many tokens counted.
+    """
+
+    loss: Tensor
+    accuracy: Tensor
+    num_tokens: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """Everything about the exits' loss that does not change from step to step."""
+
+    readout: Readout
+    feedback: Feedback
+    label_smoothing: float
+    z_loss: float
+
+
+@dataclass(kw_only=True)
+class Step:
+    """One forward's business at the exits.
+
+    Attributes:
+        settings: of the loss.
+        last_exit: index of the exit after which nothing more is run.
+        is_training: whether units have graphs that must be kept apart.
+    """
+
+    settings: LossSettings
+    last_exit: int
+    is_training: bool = False
+
+    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+        """Called with the hidden [B, T, D'] of every exit, in order."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class TrainingStep(Step):
+    """A step that trains: the common part of "deferred" and "stream".
+
+    Attributes:
+        target: int64 [B, T], labels shifted by one, -100 where nothing is to be predicted.
+        num_items: normaliser of the loss, the number of tokens that count.
+        weights: per exit, what its loss counts in the sum.
+    """
+
+    target: Tensor
+    num_items: Tensor | int
+    weights: Sequence[float]
+    losses: list[Tensor] = field(default_factory=list)
+    is_training: bool = True
+
+    def normed(self, exit_: Exit, hidden: Tensor) -> Tensor:
+        """The exit's normed hidden with its graph, after checking that the labels fit it."""
+        if hidden.shape[:-1] != self.target.shape:
+            raise ValueError(
+                f"labels have shape {list(self.target.shape)} but the hidden states are {list(hidden.shape)}: expected one "
+                f"label a token; pass labels shaped like input_ids, with {IGNORE_INDEX} where nothing is to be learned"
+            )
+        return self.settings.readout.normed(exit_, hidden)
+
+    def output(self) -> LocalOutput:
+        """The result, after the last exit."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class DeferredStep(TrainingStep):
+    """Losses keep their graphs, one per unit and apart from each other; whoever calls backward makes the gradients."""
+
+    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+        """Compute the exit's loss with its graph."""
+        settings = self.settings
+        loss = exit_cross_entropy(
+            self.normed(exit_, hidden),
+            settings.readout.weight,
+            self.target,
+            feedback=settings.feedback,
+            linear_bias=settings.readout.bias(),
+            num_items=self.num_items,
+            label_smoothing=settings.label_smoothing,
+            z_loss=settings.z_loss,
+            softcap=settings.readout.softcap,
+            exit_index=exit_.index,
+        )
+        self.losses.append(loss)
+
+    def output(self) -> LocalOutput:
+        """Σ weight · loss with its graph."""
+        losses = torch.stack(self.losses)
+        return LocalOutput(loss=_weighted_sum(losses, self.weights), exit_losses=losses.detach())
+
+
+@dataclass(kw_only=True)
+class StreamStep(TrainingStep):
+    """Each unit's backward runs at its exit, and frees the unit's activations before the next unit starts.
+
+    Attributes:
+        loss_scale: what gradients are multiplied by, for loss scaling in fp16.
+    """
+
+    loss_scale: Tensor | float = 1.0
+    is_in_backward: bool = False
+
+    def __post_init__(self) -> None:
+        readout = self.settings.readout
+        self.weight_grad = SharedGradient(readout.weight)
+        self.bias_grad = SharedGradient(readout.unembedding.bias, factor=readout.scale)
+
+    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+        """Loss, dW and feedback of the exit, then the backward of its unit."""
+        normed = self.normed(exit_, hidden)
+        settings, readout = self.settings, self.settings.readout
+        factor = self.weights[exit_.index] * self.loss_scale
+        bias = readout.bias()
+        result = exit_step(
+            normed.detach(),
+            readout.weight.detach(),
+            self.target,
+            feedback=settings.feedback,
+            linear_bias=None if bias is None else bias.detach(),
+            # Loss, dW and feedback are all proportional to 1 / num_items: dividing it scales the three at once.
+            num_items=self.num_items / factor,
+            label_smoothing=settings.label_smoothing,
+            z_loss=settings.z_loss,
+            softcap=readout.softcap,
+            grad_weight=self.weight_grad.total,
+            grad_bias=self.bias_grad.total,
+            exit_index=exit_.index,
+            need_feedback=normed.requires_grad,
+        )
+        self.losses.append(result.loss / factor)
+        if result.feedback is not None:
+            self._backward(normed, result.feedback)
+
+    def output(self) -> LocalOutput:
+        """Add dW to the parameters' gradients; the loss is for reading only."""
+        self.weight_grad.fold()
+        self.bias_grad.fold()
+        losses = torch.stack(self.losses)
+        return LocalOutput(loss=_readable(_weighted_sum(losses, self.weights)), exit_losses=losses)
+
+    def _backward(self, normed: Tensor, feedback: Tensor) -> None:
+        self.is_in_backward = True
+        with torch.autocast(normed.device.type, enabled=False):
+            torch.autograd.backward(normed, feedback)
+        self.is_in_backward = False
+
+
+class SharedGradient:
+    """The sum over exits of one shared parameter's gradient, in fp32 (fp64 for fp64 parameters).
+
+    It is the parameter's own `.grad` where that has the sum's dtype. Otherwise it is a buffer of its own, and
+    `fold()` rounds once after the last exit instead of once per exit.
+
+    Args:
+        parameter: the parameter; None or frozen skips the work.
+        factor: what `fold()` multiplies the sum by.
+    """
+
+    def __init__(self, parameter: nn.Parameter | None, *, factor: float = 1.0) -> None:
+        self.parameter = parameter if parameter is not None and parameter.requires_grad else None
+        self.factor = factor
+        self.total = self._buffer()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Add the sum to the parameter's gradient."""
+        if self.parameter is None or self.total is None or self.total is self.parameter.grad:
+            return
+        total = (self.total if self.factor == 1.0 else self.total * self.factor).to(self.parameter.dtype)
+        if self.parameter.grad is None:
+            self.parameter.grad = total
+        else:
+            self.parameter.grad += total
+
+    def _buffer(self) -> Tensor | None:
+        if self.parameter is None:
+            return None
+        dtype, grad = accumulate_dtype(self.parameter.dtype), self.parameter.grad
+        if grad is not None and grad.dtype == dtype and self.factor == 1.0 and grad.layout == torch.strided:
+            return grad
+        return torch.zeros_like(self.parameter, dtype=dtype, requires_grad=False)
+
+
+@dataclass(kw_only=True)
+class EvaluationStep(Step):
+    """Loss and accuracy at every exit, without logits."""
+
+    target: Tensor
+    losses: list[Tensor] = field(default_factory=list)
+    accuracies: list[Tensor] = field(default_factory=list)
+
+    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+        """Measure the exit."""
+        settings, readout = self.settings, self.settings.readout
+        loss, stats = exit_cross_entropy(
+            readout.normed(exit_, hidden),
+            readout.weight,
+            self.target,
+            feedback=settings.feedback,
+            linear_bias=readout.bias(),
+            softcap=readout.softcap,
+            exit_index=exit_.index,
+            return_stats=True,
+        )
+        num_correct = (stats.is_correct & (self.target != IGNORE_INDEX)).sum()
+        self.losses.append(loss)
+        self.accuracies.append(num_correct / num_targets(self.target))
+
+    def output(self) -> ExitEvaluation:
+        """The result, after the last exit."""
+        return ExitEvaluation(
+            loss=torch.stack(self.losses),
+            accuracy=torch.stack(self.accuracies),
+            num_tokens=(self.target != IGNORE_INDEX).sum(),
+        )
+
+
+@dataclass(kw_only=True)
+class LogitsStep(Step):
+    """Logits at one exit; the blocks after it are not run.
+
+    Attributes:
+        positions: which positions of the hidden to take, as an index of its second dimension.
+    """
+
+    positions: slice | Tensor = field(default_factory=lambda: slice(None))
+    logits: Tensor | None = None
+
+    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+        """Compute the logits at the wanted exit, nothing at the others."""
+        if exit_.index == self.last_exit:
+            self.logits = self.settings.readout.logits(exit_, hidden[:, self.positions])
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """What each position is to predict: the label of the next one, nothing at the last.
+
+    Args:
+        labels: int64 [B, T], token ids like the input's, -100 where nothing is to be predicted.
+
+    Returns:
+        int64 [B, T]. Shifting the labels instead of slicing the hidden spares a copy of the hidden.
+
+    Raises:
+        TypeError: labels are not a tensor of integers.
+        ValueError: labels are not [B, T].
+    """
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be a tensor of token ids (int64 or int32), got {got}; convert it with .long()")
+    if labels.dim() != 2:
+        raise ValueError(f"labels must be [batch, tokens] like input_ids, got shape {list(labels.shape)}")
+    target = torch.full_like(labels, IGNORE_INDEX)
+    target[:, :-1] = labels[:, 1:]
+    return target
+
+
+def num_targets(target: Tensor) -> Tensor:
+    """How many targets count, at least 1: 0-dim."""
+    return (target != IGNORE_INDEX).sum().clamp_min(1)
+
+
+def _weighted_sum(losses: Tensor, weights: Sequence[float]) -> Tensor:
+    return (losses * losses.new_tensor(weights)).sum()
+
+
+def _readable(loss: Tensor) -> Tensor:
+    """The same number, as a tensor whose backward says why there is none."""
+    marker = torch.zeros((), device=loss.device, requires_grad=True)
+    readable: Tensor = _NoBackward.apply(loss.detach(), marker)
+    return readable
+
+
+class _NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, loss: Tensor, _marker: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, *_grads: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "backward() on the loss of a model attached with backward='stream': the gradients were made during the "
+            "forward and are in .grad already; drop the backward() call (scale losses beforehand with num_items= or "
+            "loss_scale=), or attach with backward='deferred'"
+        )
