@@ -1,0 +1,24 @@
+"""The exit: loss, error, the exact gradient of the unembedding, and the call of the feedback rule."""
+
+from localexit.exits.functional import ExitStats, ExitStep, exit_cross_entropy, exit_step
+from localexit.exits.heads import (
+    DenseRandomCompressor,
+    ExactParallelExitHead,
+    ExitHead,
+    FactorizedExitHead,
+    HybridTopKTailSketchCompressor,
+    orthonormal_columns,
+)
+
+__all__ = [
+    "DenseRandomCompressor",
+    "ExactParallelExitHead",
+    "ExitHead",
+    "ExitStats",
+    "ExitStep",
+    "FactorizedExitHead",
+    "HybridTopKTailSketchCompressor",
+    "exit_cross_entropy",
+    "exit_step",
+    "orthonormal_columns",
+]

@@ -1,0 +1,377 @@
+"""The exit as functions: check the arguments, build the call, run it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from localexit import _checks
+from localexit.exits.chunked import ExitCall, ExitResult, measure, run_exit
+from localexit.exits.loss import LossOptions
+from localexit.exits.operators import exit_loss
+from localexit.feedback.base import Feedback, accumulate_dtype
+from localexit.feedback.draws import choose_rows, token_uniforms
+from localexit.feedback.registry import from_spec
+from localexit.feedback.rows import WeightMirror
+
+Reduction = Literal["mean", "sum", "none"]
+Backend = Literal["auto", "torch", "triton"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitStats:
+    """By-products of an exit, detached, in the shape of target; zero or False on ignored tokens.
+
+    Attributes:
+        lse: log-sum-exp of the logits the loss saw.
+        log_prob: log-probability of the target, nats.
+        argmax: int64, the most likely token (0 on ignored tokens).
+        is_correct: whether it is the target.
+        entropy: of the prediction, nats.
+        num_tokens: 0-dim int64, tokens that count.
+        num_anchors: 0-dim int64, forward pairs the rule used: fewer than it asked for when fewer tokens count.
+        bad_target: 0-dim bool, whether a target was outside the vocabulary (only possible on a GPU, where the loss
+            is NaN then; on the CPU it is an error).
+        feedback: name of the rule.
+        backend: what ran.
+    """
+
+    lse: Tensor
+    log_prob: Tensor
+    argmax: Tensor
+    is_correct: Tensor
+    entropy: Tensor
+    num_tokens: Tensor
+    num_anchors: Tensor
+    bad_target: Tensor
+    feedback: str
+    backend: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitStep:
+    """What `exit_step` returns.
+
+    Attributes:
+        loss: 0-dim, detached.
+        feedback: in input's shape and dtype: hand it to `torch.autograd.backward(input, feedback)`; None when
+            `need_feedback=False`.
+        stats: by-products, or None when not asked for.
+    """
+
+    loss: Tensor
+    feedback: Tensor | None
+    stats: ExitStats | None
+
+
+def exit_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    feedback: Feedback,
+    linear_bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    num_items: int | float | Tensor | None = None,
+    backend: Backend = "auto",
+    return_stats: bool = False,
+    exit_index: int = 0,
+    chunk_bytes: int | None = None,
+) -> Tensor | tuple[Tensor, ExitStats]:
+    """Cross-entropy of `input @ linear_weight.T` against target, without the [N, V] logits, with surrogate feedback.
+
+    Equals, except that `feedback` decides what reaches `input` on the way back:
+
+        logits = input @ linear_weight.T (+ linear_bias);  logits = softcap * tanh(logits / softcap)
+        loss = F.cross_entropy(logits, target, ...) + z_loss * logsumexp(logits) ** 2
+
+    The gradients of linear_weight and linear_bias are exact. Names follow `torch.nn.functional.linear_cross_entropy`.
+
+    Args:
+        input: hidden states [..., D]; fp32, bf16, fp16 or fp64.
+        linear_weight: unembedding [V, D], `nn.Linear.weight` as it is. Products run in the promoted dtype of input
+            and weight, or in the autocast dtype inside an autocast region; sums are kept in fp32 (fp64 for fp64).
+        target: gold tokens, int64 or int32 [...], input's shape without the last dimension.
+        feedback: the rule, made for [V, D]. Call its `update()` once per optimiser step.
+        linear_bias: [V].
+        token_weight: like target, floating point, negative allowed: multiplies each token's loss.
+        reduction: "mean" divides by `num_items` if given, else by the number of tokens that are not ignored (token
+            weights do not change the divisor); "sum"; "none" returns target's shape, and recomputes the logits in
+            the backward, where what reaches each token is known (one more product). Who knows the weights beforehand
+            passes them as `token_weight`.
+        ignore_index: target value of tokens to leave out; their hidden states may hold anything.
+        label_smoothing: in [0, 1).
+        z_loss: weight of the squared log-sum-exp, at least 0.
+        softcap: soft cap of the logits, positive, or None.
+        num_items: divisor for "mean", e.g. the number of tokens of all micro-batches together.
+        backend: "auto" chooses and says so in the stats; a named backend runs or raises.
+        return_stats: also return `ExitStats`.
+        exit_index: which exit of the model this is: exits draw independently.
+        chunk_bytes: size of the buffer for a chunk of logits; default 32 MiB on the CPU, 512 MiB on a GPU.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64 input), 0-dim or target's shape; with return_stats `(loss, stats)`. All tokens
+        ignored: loss 0 and zero gradients.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices, options or the rule do not fit; on the CPU, a target outside the vocabulary.
+        RuntimeError: in a second differentiation.
+    """
+    is_differentiable = torch.is_grad_enabled()
+    call = _build_call(
+        input,
+        linear_weight,
+        target,
+        feedback=feedback,
+        bias=linear_bias,
+        token_weight=token_weight,
+        reduction=reduction,
+        options=_loss_options(ignore_index, label_smoothing, z_loss, softcap),
+        num_items=num_items,
+        backend=backend,
+        exit_index=exit_index,
+        chunk_bytes=chunk_bytes,
+        need_hidden=is_differentiable and input.requires_grad,
+        need_weight=is_differentiable and linear_weight.requires_grad,
+        need_bias=is_differentiable and linear_bias is not None and linear_bias.requires_grad,
+        need_stats=return_stats,
+    )
+    if is_differentiable and feedback.training:
+        _collect_pairs(feedback, call, exit_index)
+    loss, _, lse, log_prob, argmax, entropy, is_bad, *_ = exit_loss(
+        call.hidden,
+        call.weight,
+        call.bias,
+        call.target,
+        call.row_weight,
+        feedback.state(linear_weight),
+        call.uniforms,
+        call.anchor_rows,
+        feedback.spec(),
+        call.compute_dtype,
+        call.options.ignore_index,
+        call.options.label_smoothing,
+        call.options.z_loss,
+        call.options.softcap,
+        call.chunk_bytes,
+        reduction != "none",
+        call.need_hidden,
+        call.need_weight,
+        call.need_bias,
+        call.need_stats,
+    )
+    loss = loss if reduction != "none" else loss.reshape(target.shape)
+    if not return_stats:
+        return loss
+    return loss, _stats(call, target, lse, log_prob, argmax, entropy, is_bad)
+
+
+def exit_step(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    feedback: Feedback,
+    grad_weight: Tensor | None = None,
+    grad_bias: Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    num_items: int | float | Tensor | None = None,
+    backend: Backend = "auto",
+    return_stats: bool = False,
+    exit_index: int = 0,
+    chunk_bytes: int | None = None,
+    need_feedback: bool = True,
+) -> ExitStep:
+    """One exit without autograd: adds dW where it belongs, returns the loss and the feedback.
+
+    For several exits that share one unembedding: they share one accumulator, and no [V, D] tensor is made an exit.
+
+    Args:
+        input, linear_weight, target, feedback, linear_bias, token_weight, reduction, ignore_index, label_smoothing,
+            z_loss, softcap, num_items, backend, return_stats, exit_index, chunk_bytes: see `exit_cross_entropy`;
+            a loss scale goes into `token_weight`. reduction "none" is not for a function without a backward.
+        grad_weight: [V, D] in fp32 (fp64 for fp64 products), dW is added to it in place; None skips dW. For fp32
+            weights `linear_weight.grad` may be passed itself.
+        grad_bias: [V], likewise for db.
+        need_feedback: False skips the feedback, e.g. for a unit without trainable parameters.
+
+    Raises:
+        TypeError, ValueError: see `exit_cross_entropy`; or an accumulator of the wrong shape or dtype.
+    """
+    _checks.choice("reduction", reduction, ("mean", "sum"))
+    with torch.no_grad():
+        call = _build_call(
+            input,
+            linear_weight,
+            target,
+            feedback=feedback,
+            bias=linear_bias,
+            token_weight=token_weight,
+            reduction=reduction,
+            options=_loss_options(ignore_index, label_smoothing, z_loss, softcap),
+            num_items=num_items,
+            backend=backend,
+            exit_index=exit_index,
+            chunk_bytes=chunk_bytes,
+            need_hidden=need_feedback,
+            need_weight=grad_weight is not None,
+            need_bias=grad_bias is not None,
+            need_stats=return_stats,
+        )
+        # Bound like in the operator: a rule that needs the weight gets it here, the others their own tensors.
+        call = replace(call, rule=from_spec(feedback.spec(), feedback.state(linear_weight)))
+        dtype = accumulate_dtype(call.compute_dtype)
+        _checks.accumulator("grad_weight", grad_weight, linear_weight.shape, dtype, linear_weight)
+        _checks.accumulator("grad_bias", grad_bias, linear_weight.shape[:1], dtype, linear_weight)
+        if feedback.training:
+            _collect_pairs(feedback, call, exit_index)
+        with torch.autocast(input.device.type, enabled=False):
+            result = run_exit(call, weight_grad=grad_weight, bias_grad=grad_bias)
+        return _exit_step(call, result, input, target)
+
+
+def _loss_options(ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None) -> LossOptions:
+    return LossOptions(
+        ignore_index=ignore_index,
+        label_smoothing=float(label_smoothing),
+        z_loss=float(z_loss),
+        softcap=None if softcap is None else float(softcap),
+    )
+
+
+def _build_call(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    feedback: Feedback,
+    bias: Tensor | None,
+    token_weight: Tensor | None,
+    reduction: Reduction,
+    options: LossOptions,
+    num_items: int | float | Tensor | None,
+    backend: Backend,
+    exit_index: int,
+    chunk_bytes: int | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_stats: bool,
+) -> ExitCall:
+    _checks.shapes(input, weight, target, bias)
+    _checks.feedback_fits(feedback, input, weight)
+    _checks.loss_options(reduction, options.label_smoothing, options.z_loss, options.softcap)
+    _checks.num_items(num_items, reduction)
+    _checks.choose_backend(backend)
+    compute_dtype = _compute_dtype(input, weight)
+    flat_target = target.reshape(-1)
+    is_counted = flat_target != options.ignore_index
+    row_weight = _row_weight(is_counted, token_weight, reduction, num_items, accumulate_dtype(compute_dtype))
+    rows = torch.arange(flat_target.shape[0], device=input.device)
+    draws = (feedback.seed, feedback.step, exit_index)
+    return ExitCall(
+        hidden=input.reshape(-1, input.shape[-1]),
+        weight=weight,
+        bias=bias,
+        target=flat_target,
+        row_weight=row_weight,
+        compute_dtype=compute_dtype,
+        rule=feedback,
+        uniforms=token_uniforms(*draws, rows, feedback.num_draws) if feedback.num_draws else None,
+        anchor_rows=choose_rows(*draws, is_counted, feedback.num_anchors) if feedback.num_anchors else None,
+        options=options,
+        chunk_bytes=chunk_bytes,
+        need_hidden=need_hidden,
+        need_weight=need_weight,
+        need_bias=need_bias,
+        need_stats=need_stats,
+    )
+
+
+def _compute_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(input.dtype, weight.dtype)
+
+
+def _row_weight(
+    is_counted: Tensor,
+    token_weight: Tensor | None,
+    reduction: Reduction,
+    num_items: int | float | Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What each row's loss is multiplied by: its weight over the normaliser; [N]."""
+    if token_weight is None:
+        row_weight = torch.ones_like(is_counted, dtype=dtype)
+    else:
+        _checks.token_weight(token_weight, is_counted)
+        row_weight = token_weight.reshape(-1).to(dtype)
+    if reduction != "mean":
+        return row_weight
+    return row_weight / (is_counted.sum().clamp_min(1) if num_items is None else num_items)
+
+
+@torch.no_grad()
+def _collect_pairs(feedback: Feedback, call: ExitCall, exit_index: int) -> None:
+    """Hand a mirror forward pairs of this exit; it learns from them in its `update()`."""
+    if not isinstance(feedback, WeightMirror):
+        return
+    is_counted = call.target != call.options.ignore_index
+    rows = choose_rows(feedback.seed, feedback.step, exit_index, is_counted, feedback.num_pairs)
+    hidden = torch.where(is_counted[rows, None], call.hidden[rows], 0)
+    feedback.collect(exit_index, measure(hidden.to(call.weight.dtype), call.weight, is_counted[rows]))
+
+
+def _exit_step(call: ExitCall, result: ExitResult, input: Tensor, target: Tensor) -> ExitStep:
+    feedback = result.feedback
+    stats = None
+    if call.need_stats:
+        stats = _stats(call, target, result.lse, result.log_prob, result.argmax, result.entropy, result.is_bad)
+    return ExitStep(
+        loss=result.weighted_loss.sum(),
+        feedback=None if feedback is None else feedback.to(input.dtype).reshape(input.shape),
+        stats=stats,
+    )
+
+
+def _stats(
+    call: ExitCall,
+    target: Tensor,
+    lse: Tensor,
+    log_prob: Tensor,
+    argmax: Tensor,
+    entropy: Tensor,
+    is_bad: Tensor,
+) -> ExitStats:
+    is_counted = call.target != call.options.ignore_index
+    num_tokens = is_counted.sum()
+    shape = target.shape
+    return ExitStats(
+        lse=lse.reshape(shape),
+        log_prob=log_prob.reshape(shape),
+        argmax=argmax.reshape(shape),
+        is_correct=((argmax == call.target) & is_counted).reshape(shape),
+        entropy=entropy.reshape(shape),
+        num_tokens=num_tokens,
+        num_anchors=num_tokens.clamp_max(call.rule.num_anchors),
+        bad_target=is_bad.any(),
+        feedback=call.rule.name,
+        backend="torch",
+    )

@@ -1,0 +1,130 @@
+"""Loss and error of one chunk of logits, in place: the plain steps, in plain PyTorch.
+
+For a row with logits z (raw), c = softcap(z) and p = softmax(c), with label smoothing ε, z-loss weight ζ:
+
+    loss = -(1-ε) log p[gold] - (ε/V) Σ_v log p[v] + ζ lse²
+    e    = [ (1 + 2 ζ lse) p - (1-ε) onehot(gold) - ε/V ] · softcap'(z)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """Options of the loss, see `exit_cross_entropy`."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowResult:
+    """What one pass over a chunk of logits [n, V] leaves, besides the error in their place.
+
+    Attributes:
+        loss: [n], unweighted.
+        lse: [n], log-sum-exp of the (soft-capped) logits.
+        log_prob: [n], log-probability of the gold token.
+        argmax: int64 [n], or empty when no statistics were asked for.
+        entropy: [n] in nats, or empty likewise.
+        raw: [n, V] the raw logits, kept only where something needs them.
+        logit_product: [n] `<error, z - b>`, for rules with `needs_logits`.
+    """
+
+    loss: Tensor
+    lse: Tensor
+    log_prob: Tensor
+    argmax: Tensor
+    entropy: Tensor
+    raw: Tensor | None = None
+    logit_product: Tensor | None = None
+
+
+def loss_and_error(
+    logits: Tensor,
+    target: Tensor,
+    options: LossOptions,
+    *,
+    bias: Tensor | None = None,
+    need_error: bool = True,
+    need_logits: bool = False,
+    need_stats: bool = False,
+) -> RowResult:
+    """Turn raw logits [n, V] into the error for row weight one, in place, and return what the rows yield.
+
+    Args:
+        logits: fp32 or fp64 [n, V], raw (bias included); overwritten.
+        target: int64 [n] in 0..V-1.
+        options: options of the loss.
+        bias: [V], already part of the logits; `logit_product` leaves it out.
+        need_error: False for the loss alone (`logits` then hold log-probabilities).
+        need_logits: keep the raw logits and their product with the error.
+        need_stats: also arg-max and entropy.
+    """
+    gold = target[:, None]
+    keeps_raw = need_error and (need_logits or options.softcap is not None)
+    raw = logits.clone() if keeps_raw else None
+    _apply_softcap(logits, options.softcap)
+    largest = logits.amax(1)
+    log_probs = torch.log_softmax(logits, dim=1, out=logits)
+    # The largest entry is the one whose difference loses nothing.
+    lse = largest - log_probs.amax(1)
+    log_prob = log_probs.gather(1, gold)[:, 0]
+    loss = _loss(log_probs, log_prob, lse, options)
+    empty = loss.new_empty(0)
+    argmax = log_probs.argmax(1) if need_stats else target.new_empty(0)
+    probs = log_probs.exp_() if need_error or need_stats else log_probs
+    entropy = torch.special.entr(probs).sum(1) if need_stats else empty
+    product = None
+    if need_error:
+        _probs_to_error(probs, gold, lse, raw, options)
+        product = _logit_product(probs, raw, bias) if need_logits else None
+    return RowResult(
+        loss=loss, lse=lse, log_prob=log_prob, argmax=argmax, entropy=entropy, raw=raw, logit_product=product
+    )
+
+
+def _apply_softcap(logits: Tensor, softcap: float | None) -> None:
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _loss(log_probs: Tensor, log_prob: Tensor, lse: Tensor, options: LossOptions) -> Tensor:
+    loss = -log_prob
+    if options.label_smoothing:
+        smooth = options.label_smoothing
+        loss = (1 - smooth) * loss - smooth * log_probs.mean(1)
+    if options.z_loss:
+        loss = loss + options.z_loss * lse.square()
+    return loss
+
+
+def _probs_to_error(probs: Tensor, gold: Tensor, lse: Tensor, raw: Tensor | None, options: LossOptions) -> None:
+    if options.z_loss:
+        probs.mul_((1 + 2 * options.z_loss * lse)[:, None])
+    if options.label_smoothing:
+        probs.sub_(options.label_smoothing / probs.shape[1])
+    probs.scatter_add_(1, gold, probs.new_full(gold.shape, options.label_smoothing - 1))
+    if options.softcap is not None:
+        assert raw is not None
+        probs.mul_(1 - (raw / options.softcap).tanh_().square_())
+
+
+def _logit_product(error: Tensor, raw: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`<e, z - b>` row by row, safe against a large common offset of the logits."""
+    assert raw is not None
+    centre = raw.amax(1, keepdim=True)
+    product = row_dot(error, raw - centre) + centre[:, 0] * error.sum(1)
+    return product if bias is None else product - error @ bias.to(error.dtype)
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of the rows of two [n, V] matrices, without a third one: [n]."""
+    return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]

@@ -1,0 +1,237 @@
+"""The exit as a custom operator, so that compilation can neither lose nor replace the surrogate gradient.
+
+`torch.compile(torch.func.grad(f))` over an `autograd.Function` drops a custom backward and returns the true gradient
+(torch 2.13); over a `torch.library.custom_op` it does not. An operator takes tensors, numbers and text only: the rule
+travels as its `spec()` and its tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from localexit.exits.chunked import ExitCall, ExitResult, run_exit, storage_dtype
+from localexit.exits.loss import LossOptions
+from localexit.feedback.base import accumulate_dtype
+from localexit.feedback.registry import from_spec
+
+# loss, row_loss, lse, log_prob, argmax, entropy, is_bad, feedback, weight_grad, bias_grad
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("localexit::exit_loss", mutates_args=())
+def exit_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_weight: Tensor,
+    state: list[Tensor],
+    uniforms: Tensor | None,
+    anchor_rows: Tensor | None,
+    rule: str,
+    compute_dtype: torch.dtype,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    chunk_bytes: int | None,
+    is_summed: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss of one exit and, when `is_summed`, the gradients of the sum, finished; see `ExitCall` for the arguments.
+
+    With `is_summed` the loss is `Σ row_weight · row_loss`; without, it is the vector of the products, and the
+    gradients are left to the backward, which knows what reaches each token.
+
+    Returns:
+        loss, row_loss, lse, log_prob, argmax, entropy, is_bad, feedback, weight_grad, bias_grad; what was not asked
+        for is empty.
+    """
+    call = ExitCall(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        target=target,
+        row_weight=row_weight,
+        compute_dtype=compute_dtype,
+        rule=from_spec(rule, state),
+        uniforms=uniforms,
+        anchor_rows=anchor_rows,
+        options=LossOptions(ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap),
+        chunk_bytes=chunk_bytes,
+        need_hidden=need_hidden and is_summed,
+        need_weight=need_weight and is_summed,
+        need_bias=need_bias and is_summed,
+        need_stats=need_stats,
+    )
+    # The dtypes are decided: an autocast region around the call must not change the products inside.
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        return _outputs(call, run_exit(call), is_summed)
+
+
+def _outputs(call: ExitCall, result: ExitResult, is_summed: bool) -> _Outputs:
+    empty = call.hidden.new_empty(0)
+
+    def stored(grad: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return empty.clone() if grad is None else grad.to(storage_dtype(dtype))
+
+    bias_dtype = call.weight.dtype if call.bias is None else call.bias.dtype
+    return (
+        result.weighted_loss.sum() if is_summed else result.weighted_loss,
+        result.loss,
+        result.lse,
+        result.log_prob,
+        result.argmax,
+        result.entropy,
+        result.is_bad,
+        stored(result.feedback, call.hidden.dtype),
+        stored(result.weight_grad, call.weight.dtype),
+        stored(result.bias_grad, bias_dtype),
+    )
+
+
+@exit_loss.register_fake
+def _exit_loss_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_weight: Tensor,
+    state: list[Tensor],
+    uniforms: Tensor | None,
+    anchor_rows: Tensor | None,
+    rule: str,
+    compute_dtype: torch.dtype,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    chunk_bytes: int | None,
+    is_summed: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_stats: bool,
+) -> _Outputs:
+    dtype = accumulate_dtype(compute_dtype)
+    num_rows = hidden.shape[0]
+
+    def rows(is_needed: bool = True, kind: torch.dtype = dtype) -> Tensor:
+        return hidden.new_empty(num_rows if is_needed else 0, dtype=kind)
+
+    def like(tensor: Tensor | None, is_needed: bool) -> Tensor:
+        if tensor is None or not (is_needed and is_summed):
+            return hidden.new_empty(0)
+        return tensor.new_empty(tensor.shape, dtype=storage_dtype(tensor.dtype))
+
+    return (
+        hidden.new_empty((), dtype=dtype) if is_summed else rows(),
+        rows(),
+        rows(),
+        rows(),
+        rows(need_stats, torch.int64),
+        rows(need_stats),
+        rows(kind=torch.bool),
+        like(hidden, need_hidden),
+        like(weight, need_weight),
+        like(bias, need_bias),
+    )
+
+
+@torch.library.custom_op("localexit::scale_gradients", mutates_args=())
+def scale_gradients(
+    upstream: Tensor,
+    feedback: Tensor,
+    weight_grad: Tensor,
+    bias_grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Finished gradients times the scalar upstream gradient, in the dtypes of what they are gradients of.
+
+    hidden, weight and bias are here to be differentiated through: asking for that is an error, not a silent zero.
+    """
+    bias_like = weight if bias is None else bias
+    return (
+        (upstream * feedback).to(hidden.dtype),
+        (upstream * weight_grad).to(weight.dtype),
+        (upstream * bias_grad).to(bias_like.dtype),
+    )
+
+
+@scale_gradients.register_fake
+def _scale_gradients_fake(
+    upstream: Tensor,
+    feedback: Tensor,
+    weight_grad: Tensor,
+    bias_grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    bias_like = weight if bias is None else bias
+    return (
+        feedback.new_empty(feedback.shape, dtype=hidden.dtype),
+        weight_grad.new_empty(weight_grad.shape, dtype=weight.dtype),
+        bias_grad.new_empty(bias_grad.shape, dtype=bias_like.dtype),
+    )
+
+
+def _refuse_double_backward(ctx: Any, *upstream: Tensor) -> NoReturn:
+    raise RuntimeError(
+        "an exit cannot be differentiated twice: its feedback is not a derivative of the loss; take gradient penalties "
+        "on another path, or detach the first gradient"
+    )
+
+
+scale_gradients.register_autograd(_refuse_double_backward)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
+    hidden, weight, bias, target, row_weight, state, uniforms, anchor_rows, *rest = inputs
+    _, row_loss, _, _, _, _, _, feedback, weight_grad, bias_grad = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.num_state = len(state)
+    ctx.rest = rest
+    ctx.is_summed = rest[7]
+    ctx.needs = rest[8:11]
+    if ctx.is_summed:
+        ctx.save_for_backward(hidden, weight, bias, row_loss, feedback, weight_grad, bias_grad)
+    else:
+        ctx.save_for_backward(hidden, weight, bias, row_loss, target, row_weight, uniforms, anchor_rows, *state)
+
+
+def _backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    if ctx.is_summed:
+        hidden, weight, bias, row_loss, *grads = ctx.saved_tensors
+        factor = upstream
+    else:
+        hidden, weight, bias, row_loss, *grads = _recompute(ctx, upstream)
+        factor = upstream.new_ones(())
+    grads = scale_gradients(factor, *grads, hidden, weight, bias)
+    hidden_grad, weight_grad, bias_grad = (
+        grad if is_needed else None for grad, is_needed in zip(grads, ctx.needs, strict=True)
+    )
+    row_weight_grad = upstream * row_loss if ctx.needs_input_grad[4] else None
+    nothing = (None,) * (len(ctx.rest) + 2)
+    return (hidden_grad, weight_grad, bias_grad, None, row_weight_grad, [None] * ctx.num_state, *nothing)
+
+
+def _recompute(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients for one upstream number a token: the exit once more, with that as the row weight."""
+    hidden, weight, bias, row_loss, target, row_weight, uniforms, anchor_rows, *state = ctx.saved_tensors
+    rest = list(ctx.rest)
+    rest[7] = True
+    with torch.no_grad():
+        outputs = exit_loss(hidden, weight, bias, target, upstream * row_weight, state, uniforms, anchor_rows, *rest)
+    return (hidden, weight, bias, row_loss, *outputs[7:])
+
+
+exit_loss.register_autograd(_backward, setup_context=_setup_context)

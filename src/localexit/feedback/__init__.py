@@ -1,0 +1,26 @@
+"""What comes back to the hidden state in place of `e @ W`. Knows no loss, never receives the unembedding."""
+
+from localexit.feedback.anchors import LogitAnchors
+from localexit.feedback.base import Anchors, Error, Feedback, Tokens
+from localexit.feedback.factorized import Dense, Hybrid, Sketch
+from localexit.feedback.parallel import ExactParallel
+from localexit.feedback.registry import RULES, feedback_names, feedback_options, make_feedback
+from localexit.feedback.rows import WeightMirror, WeightTransport
+
+__all__ = [
+    "RULES",
+    "Anchors",
+    "Dense",
+    "Error",
+    "ExactParallel",
+    "Feedback",
+    "Hybrid",
+    "LogitAnchors",
+    "Sketch",
+    "Tokens",
+    "WeightMirror",
+    "WeightTransport",
+    "feedback_names",
+    "feedback_options",
+    "make_feedback",
+]

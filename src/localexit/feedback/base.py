@@ -1,0 +1,226 @@
+"""The contract of a feedback rule, and the view of the error it works on.
+
+A rule never receives the unembedding. It sees, for a chunk of tokens, the error through `Error`, the tokens' hidden
+states and targets through `Tokens`, and what it prepared once for the call from its own codes and from forward
+measurements (`Anchors`). `WeightTransport`, the exact baseline, is the one rule that declares `needs_weight`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from localexit.feedback.draws import fresh_seed
+
+# Entries of the error are summed in groups of this many when a token is drawn, so that a draw touches one group only.
+DRAW_GROUP = 128
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: fp32, or fp64 for fp64 input."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Error:
+    """View of the error e [n, V] of one chunk: `e = scale[:, None] * values`.
+
+    Keeping the loss weight of a row apart means that no rounding happens at the size of 1/count, and that a rule
+    which is homogeneous in the rows (every rule is) costs one multiplication a row for it.
+
+    Attributes:
+        values: [n, V], the error for a row weight of one.
+        scale: fp32 or fp64 [n]; zero on ignored rows, negative for negative token weights.
+        logit_product: [n], `<values, z - b>` with z the raw logits, for rules with `needs_logits`.
+    """
+
+    values: Tensor
+    scale: Tensor
+    logit_product: Tensor | None = None
+
+    def matmul(self, codes: Tensor) -> Tensor:
+        """`e @ codes` for codes [V, R] in the dtype of `values`: [n, R], in the accumulation dtype."""
+        return self._scaled(self.values @ codes)
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """The entries e[i, ids[i, j]] for int64 ids [n, k]: [n, k]."""
+        return self._scaled(self.values.gather(1, ids))
+
+    def topk(self, k: int, exclude: Tensor) -> Tensor:
+        """Ids [n, k] of the k entries largest in magnitude, leaving out `exclude` [n] (the gold token)."""
+        magnitude = self._magnitude.scatter(1, exclude[:, None], -1.0)
+        return magnitude.topk(k, dim=1).indices
+
+    def dot_logits(self) -> Tensor:
+        """`<e, z - b>` with the raw logits z: [n]."""
+        assert self.logit_product is not None, "the rule does not declare needs_logits"
+        return self.scale * self.logit_product
+
+    def sample(self, uniforms: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw tokens with probability proportional to |e|, never one of `exclude`; eq. (12).
+
+        Args:
+            uniforms: fp32 [n, m] in [0, 1), one draw each.
+            exclude: int64 [n, k], tokens that are counted exactly elsewhere.
+
+        Returns:
+            ids int64 [n, m] and weights [n, m] such that `Σ_j weights[j] b[ids[j]]` is an unbiased estimate of
+            `Σ_{v not in exclude} e_v b_v`: each weight is the sign of its entry times (remaining mass) / m.
+        """
+        mass = self._magnitude.scatter(1, exclude, 0.0)
+        padded = nn.functional.pad(mass, (0, -mass.shape[1] % DRAW_GROUP))
+        groups = padded.view(mass.shape[0], -1, DRAW_GROUP)
+        group_sums = groups.sum(-1, dtype=self.scale.dtype)  # [n, G]
+        group, rest = _invert(group_sums, uniforms.to(self.scale.dtype) * group_sums.sum(-1, keepdim=True))
+        inside = groups.gather(1, group[..., None].expand(-1, -1, DRAW_GROUP))  # [n, m, group]
+        offset, _ = _invert(inside.to(self.scale.dtype), rest[..., None])
+        # A rounding error at the very end of the last group may point into the padding: there the weight is zero.
+        ids = group * DRAW_GROUP + offset[..., 0]
+        in_range = ids < mass.shape[1]
+        ids = ids.clamp_max(mass.shape[1] - 1)
+        signs = self.values.gather(1, ids).sign().to(self.scale.dtype) * (mass.gather(1, ids) > 0) * in_range
+        weights = signs * group_sums.sum(-1, keepdim=True) / uniforms.shape[1]
+        return ids, self._scaled(weights)
+
+    @cached_property
+    def _magnitude(self) -> Tensor:
+        return self.values.abs()
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return self.scale[:, None] * rows.to(self.scale.dtype)
+
+
+def _invert(mass: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """First index whose running sum of `mass` exceeds `threshold`, and what is left of the threshold inside it."""
+    running = mass.cumsum(-1)
+    index = torch.searchsorted(running, threshold, right=True).clamp_max(mass.shape[-1] - 1)
+    return index, threshold - (running.gather(-1, index) - mass.gather(-1, index))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """What a rule may know of the n tokens of a chunk besides their error.
+
+    Attributes:
+        hidden: [n, D] what the exit received; zero on ignored rows.
+        target: int64 [n] the gold token; 0 on ignored rows.
+        logits: [n, V] raw logits, for rules with `needs_logits`, else None.
+        log_normaliser: [n] log-sum-exp of the logits the loss saw.
+        softcap: the logits' soft cap, if any.
+        uniforms: fp32 [n, m] for rules with `num_draws`, else None.
+    """
+
+    hidden: Tensor
+    target: Tensor
+    logits: Tensor | None = None
+    log_normaliser: Tensor | None = None
+    softcap: float | None = None
+    uniforms: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchors:
+    """Forward measurements of the unembedding on some of the batch's own tokens.
+
+    Attributes:
+        hidden: [M, D]; zero on rows that do not count (when the batch has fewer than M tokens that do).
+        logits: [M, V] raw forward logits without the bias; zero on the same rows.
+        count: 0-dim, how many rows count.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+    count: Tensor
+
+
+class Feedback(nn.Module):
+    """What reaches the hidden state in place of `e @ W`.
+
+    Codes and learned state are buffers: they are saved, moved and sharded with the model. One instance is meant to be
+    shared by all exits of a model. A rule is homogeneous in every row: scaling the error of a token scales its
+    feedback, for any sign.
+
+    Class attributes:
+        options: names of the plain attributes that, with `codes`, determine what the rule computes.
+        codes: names of the buffers the rule reads.
+        needs_weight: True only for the exact baseline: it alone is given the unembedding.
+        needs_logits: the rule reads `Error.dot_logits()` or `Tokens.logits`.
+        is_additive: f(e1 + e2) = f(e1) + f(e2) for fixed logits, anchors and draws.
+    """
+
+    options: ClassVar[tuple[str, ...]] = ()
+    codes: ClassVar[tuple[str, ...]] = ()
+    needs_weight: ClassVar[bool] = False
+    needs_logits: ClassVar[bool] = False
+
+    name: str
+    is_additive: bool = True
+    # How many tokens the rule wants as anchors of a call, draws a token, forward pairs an exit and step.
+    num_anchors: int = 0
+    num_draws: int = 0
+    num_pairs: int = 0
+    step: Tensor
+
+    def __init__(self, *, hidden_size: int, vocab_size: int, seed: int | None) -> None:
+        super().__init__()
+        if hidden_size < 1 or vocab_size < 1:
+            raise ValueError(
+                f"hidden_size and vocab_size must be at least 1, got hidden_size={hidden_size}, "
+                f"vocab_size={vocab_size}; pass the shape of the unembedding [vocab_size, hidden_size]"
+            )
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.seed = fresh_seed(seed)
+        # Part of the state: draws and anchors after a resume are those of the uninterrupted run.
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What the rule needs for a whole call, made once before the loop over chunks.
+
+        Args:
+            anchors: forward measurements, for rules with `num_anchors`.
+            dtype: dtype of the error's values; products with the error use it.
+        """
+        raise NotImplementedError
+
+    def forward(self, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
+        """The feedback of one chunk: [n, D] in the accumulation dtype."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """End of an optimiser step: call once, after every exit of the step has used the rule."""
+        self.step += 1
+
+    def state(self, weight: Tensor) -> list[Tensor]:
+        """The tensors the rule computes from, in the order of `codes`; only `needs_weight` makes `weight` one."""
+        if self.needs_weight:
+            return [weight.detach()]
+        return [getattr(self, name) for name in self.codes]
+
+    def spec(self) -> str:
+        """The rule without its tensors, as text: what a custom operator can carry."""
+        values = {name: getattr(self, name) for name in self.options}
+        return json.dumps({"rule": type(self).__name__, "name": self.name, **values}, sort_keys=True)
+
+    def extra_repr(self) -> str:
+        shown = {"hidden_size": self.hidden_size, "vocab_size": self.vocab_size}
+        shown |= {name: getattr(self, name) for name in self.options}
+        return ", ".join(f"{key}={value!r}" for key, value in shown.items())
+
+    @classmethod
+    def _bare(cls, options: dict[str, object], state: Sequence[Tensor]) -> Feedback:
+        """An instance around given tensors, without drawing codes: the inverse of `spec()` and `state()`."""
+        rule = cls.__new__(cls)
+        nn.Module.__init__(rule)
+        for key, value in options.items():
+            setattr(rule, key, value)
+        for key, tensor in zip(cls.codes, state, strict=True):
+            rule.register_buffer(key, tensor)
+        return rule

@@ -1,0 +1,88 @@
+"""Counter-based randomness: the same number for the same (seed, step, exit, row), on every backend.
+
+A `torch.Generator` has hidden state that compilation, checkpoint recomputation, chunking and sharding all disturb.
+Draws here are a pure function of what they belong to, so the oracle, the CPU loop and a kernel use the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+# Odd constants that keep the streams apart; any fixed values do.
+_DRAW_STREAM = 0x2545F491
+_ROW_STREAM = 0x5851F42D
+
+
+def derive_seed(seed: int, stream: str) -> int:
+    """A 63-bit seed for one named stream of a rule: streams of one seed are independent of each other."""
+    digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def fresh_seed(seed: int | None) -> int:
+    """`seed` itself, or one drawn from torch's default generator when it is None."""
+    if seed is not None:
+        return int(seed)
+    return int(torch.randint(2**62, ()).item())
+
+
+def _mix(x: Tensor) -> Tensor:
+    # "lowbias32" by Chris Wellons (public domain): a 32-bit integer hash, here in int64 with a mask.
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
+    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
+    return x ^ (x >> 16)
+
+
+def _row_keys(seed: int, stream: int, step: Tensor, exit_index: int, rows: Tensor) -> Tensor:
+    key = _mix((step & _MASK) ^ (derive_seed(seed, f"draws/{stream}") & _MASK))
+    key = _mix(key + 0x9E3779B9 * (exit_index + 1) & _MASK)
+    return _mix(key ^ _mix(rows & _MASK))
+
+
+def _to_unit(bits: Tensor) -> Tensor:
+    # 24 bits: every value is exact in fp32 and below 1.
+    return (bits >> 8).to(torch.float32) * 2.0**-24
+
+
+def token_uniforms(seed: int, step: Tensor, exit_index: int, rows: Tensor, num: int) -> Tensor:
+    """Uniform numbers in [0, 1) for each token.
+
+    Args:
+        seed: the rule's seed.
+        step: 0-dim int64 tensor, the optimiser step.
+        exit_index: which exit of the model.
+        rows: int64 [N], the tokens' global row numbers.
+        num: how many numbers a token gets.
+
+    Returns:
+        fp32 [N, num].
+    """
+    keys = _row_keys(seed, _DRAW_STREAM, step, exit_index, rows)
+    lanes = torch.arange(1, num + 1, device=rows.device, dtype=torch.int64) * 0x9E3779B9 & _MASK
+    return _to_unit(_mix(keys[:, None] ^ _mix(lanes)[None, :]))
+
+
+def choose_rows(seed: int, step: Tensor, exit_index: int, is_counted: Tensor, num: int) -> Tensor:
+    """A uniformly random choice of tokens, without replacement, among those that count.
+
+    Args:
+        seed: the rule's seed.
+        step: 0-dim int64 tensor, the optimiser step.
+        exit_index: which exit of the model.
+        is_counted: bool [N], False on ignored tokens.
+        num: how many are wanted.
+
+    Returns:
+        int64 [min(num, N)], ascending. Tokens that do not count appear only when fewer than `num` do: whoever uses
+        the rows leaves those out, so that nothing has to be copied to the host to find out how many there are.
+    """
+    rows = torch.arange(is_counted.shape[0], device=is_counted.device, dtype=torch.int64)
+    keys = _row_keys(seed, _ROW_STREAM, step, exit_index, rows)
+    # Unique ranks: the hash orders rows, the row number breaks ties.
+    ranks = torch.where(is_counted, keys, _MASK + 1) * (is_counted.shape[0] + 1) + rows
+    chosen = torch.topk(ranks, min(num, is_counted.shape[0]), largest=False).indices
+    return chosen.sort().values

@@ -1,0 +1,217 @@
+"""Fixed random codes in place of the rows of W: f = gain · C(e) Uᵀ, eq. (4).
+
+None of these reads W: the codes are drawn before training and never change.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from localexit import _checks
+from localexit.feedback.base import Anchors, Error, Feedback, Tokens, accumulate_dtype
+from localexit.feedback.codes import (
+    count_sketch,
+    gaussian_codebook,
+    orthonormal_expander,
+    sketch_matrix,
+    unit_codebook,
+)
+
+
+class _Factorized(Feedback):
+    """Shared part of eq. (4): a code C(e) [n, R], expanded by U [D, R] and multiplied by a scalar gain."""
+
+    gain: float
+    expander: Tensor
+
+    def _add_expander(self, rank: int, gain: float) -> None:
+        self.gain = float(gain)
+        self.register_buffer("expander", orthonormal_expander(self.hidden_size, rank, seed=self.seed))
+
+    def _expand(self, code: Tensor, expander: Tensor) -> Tensor:
+        return self.gain * (code @ expander.T)
+
+    def _expander_for(self, dtype: torch.dtype) -> Tensor:
+        return self.expander.to(accumulate_dtype(dtype))
+
+
+class Dense(_Factorized):
+    """Dense random codes: C(e) = e K with K [V, R] iid N(0, 1/R); eq. (5).
+
+    Args:
+        hidden_size: D, width of the hidden state.
+        vocab_size: V, number of tokens.
+        rank: R, 1 ≤ R ≤ D; default min(128, D).
+        gain: the scalar in front.
+        seed: seed of the codes; None draws one from torch's default generator.
+
+    Raises:
+        ValueError: rank is outside 1..D.
+    """
+
+    options: ClassVar = ("gain",)
+    codes: ClassVar = ("codebook", "expander")
+    name = "dense"
+    codebook: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        rank: int | None = None,
+        gain: float = 1.0,
+        seed: int | None = 0,
+    ) -> None:
+        super().__init__(hidden_size=hidden_size, vocab_size=vocab_size, seed=seed)
+        rank = _checks.rank(rank, hidden_size)
+        self.register_buffer("codebook", gaussian_codebook(vocab_size, rank, seed=self.seed))
+        self._add_expander(rank, gain)
+
+    def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return self.codebook.to(dtype), self._expander_for(dtype)
+
+    def forward(self, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
+        codebook, expander = prepared
+        return self._expand(error.matmul(codebook), expander)
+
+
+class Sketch(_Factorized):
+    """CountSketch codes: C(e)[r] = Σ_{v: bucket(v)=r} sign(v) e[v]; eq. (6). State: two small numbers a token.
+
+    Args:
+        hidden_size: D, width of the hidden state.
+        vocab_size: V, number of tokens.
+        rank: number of buckets R, 1 ≤ R ≤ D; default min(128, D).
+        gain: the scalar in front.
+        seed: seed of the codes; None draws one from torch's default generator.
+
+    Raises:
+        ValueError: rank is outside 1..D.
+    """
+
+    options: ClassVar = ("gain", "rank")
+    codes: ClassVar = ("bucket", "sign", "expander")
+    name = "sketch"
+    bucket: Tensor
+    sign: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        rank: int | None = None,
+        gain: float = 1.0,
+        seed: int | None = 0,
+    ) -> None:
+        super().__init__(hidden_size=hidden_size, vocab_size=vocab_size, seed=seed)
+        self.rank = _checks.rank(rank, hidden_size)
+        bucket, sign = count_sketch(vocab_size, self.rank, seed=self.seed)
+        self.register_buffer("bucket", bucket)
+        self.register_buffer("sign", sign)
+        self._add_expander(self.rank, gain)
+
+    def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return sketch_matrix(self.bucket, self.sign, self.rank, dtype), self._expander_for(dtype)
+
+    def forward(self, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
+        sketch, expander = prepared
+        return self._expand(error.matmul(sketch), expander)
+
+
+def hybrid_code(
+    error: Error, target: Tensor, *, exact: Tensor, bucket: Tensor, sign: Tensor, sketch: Tensor, topk: int
+) -> Tensor:
+    """C(e) = [e_S Q, sketch(e - e_S)] with S = {gold} ∪ top-k of |e| without gold; eq. (7).
+
+    Args:
+        error: the error of n tokens.
+        target: int64 [n] gold tokens.
+        exact: Q [V, R_exact], may have no column: then S is empty and everything is sketched.
+        bucket: integer [V].
+        sign: [V], ±1.
+        sketch: the same sketch as a matrix [V, R_tail], may have no column.
+        topk: k, at most V - 1 are taken.
+
+    Returns:
+        [n, R_exact + R_tail] in the accumulation dtype.
+    """
+    tail = error.matmul(sketch)
+    if exact.shape[1] == 0:
+        return tail
+    top = error.topk(min(topk, error.values.shape[1] - 1), target)
+    chosen = torch.cat([target[:, None], top], dim=1)  # [n, 1 + k], all different
+    entries = error.gather(chosen)
+    head = torch.einsum("nk,nkr->nr", entries, exact[chosen].to(entries.dtype))
+    if sketch.shape[1] > 0:
+        # Accumulating, so that two chosen tokens of one bucket are both removed from it.
+        tail = tail.scatter_add(1, bucket[chosen].long(), -entries * sign[chosen].to(entries.dtype))
+    return torch.cat([head, tail], dim=1)
+
+
+class Hybrid(_Factorized):
+    """Own codes for the gold token and the k largest errors, a CountSketch for the rest; eq. (7).
+
+    Args:
+        hidden_size: D, width of the hidden state.
+        vocab_size: V, number of tokens.
+        rank: R = R_exact + R_tail, 1 ≤ R ≤ D; default min(128, D).
+        rank_exact: columns for the exact part; default a quarter of the rank.
+        topk: how many tokens besides gold are exact.
+        gain: the scalar in front.
+        seed: seed of the codes; None draws one from torch's default generator.
+
+    Raises:
+        ValueError: rank is outside 1..D, rank_exact outside 0..rank, or topk negative.
+    """
+
+    options: ClassVar = ("gain", "topk", "rank_tail")
+    codes: ClassVar = ("exact_codes", "bucket", "sign", "expander")
+    name = "hybrid"
+    is_additive = False
+    exact_codes: Tensor
+    bucket: Tensor
+    sign: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        rank: int | None = None,
+        rank_exact: int | None = None,
+        topk: int = 8,
+        gain: float = 1.0,
+        seed: int | None = 0,
+    ) -> None:
+        super().__init__(hidden_size=hidden_size, vocab_size=vocab_size, seed=seed)
+        rank = _checks.rank(rank, hidden_size)
+        rank_exact = _checks.rank_exact(rank_exact, rank)
+        self.topk = _checks.count("topk", topk, minimum=0)
+        self.rank_tail = rank - rank_exact
+        self.register_buffer("exact_codes", unit_codebook(vocab_size, rank_exact, seed=self.seed))
+        bucket, sign = count_sketch(vocab_size, max(self.rank_tail, 1), seed=self.seed)
+        self.register_buffer("bucket", bucket)
+        self.register_buffer("sign", sign)
+        self._add_expander(rank, gain)
+
+    def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        sketch = sketch_matrix(self.bucket, self.sign, max(self.rank_tail, 1), dtype)[:, : self.rank_tail]
+        return sketch, self._expander_for(dtype)
+
+    def forward(self, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
+        sketch, expander = prepared
+        code = hybrid_code(
+            error,
+            tokens.target,
+            exact=self.exact_codes,
+            bucket=self.bucket,
+            sign=self.sign,
+            sketch=sketch,
+            topk=self.topk,
+        )
+        return self._expand(code, expander)

@@ -1,0 +1,113 @@
+"""The rules by name: what the command line, the tests and the reports iterate over."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from localexit import _checks
+from localexit.feedback.anchors import LogitAnchors
+from localexit.feedback.base import Feedback
+from localexit.feedback.factorized import Dense, Hybrid, Sketch
+from localexit.feedback.parallel import ExactParallel
+from localexit.feedback.rows import WeightMirror, WeightTransport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One named rule: its class, the options its name fixes, and what a reader wants to know of it."""
+
+    rule: type[Feedback]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    equation: str
+    cost: str
+    state: str
+
+
+RULES: dict[str, Rule] = {
+    "dense": Rule(rule=Dense, equation="gain · (e K) Uᵀ", cost="2NVR", state="V·R + D·R"),
+    "sketch": Rule(rule=Sketch, equation="gain · sketch(e) Uᵀ", cost="2NVR", state="2V + D·R"),
+    "hybrid": Rule(
+        rule=Hybrid, equation="gain · [e_S Q, sketch(e − e_S)] Uᵀ", cost="2NVR + top-k", state="V·(R_exact + 2) + D·R"
+    ),
+    "parallel": Rule(rule=ExactParallel, equation="h ⟨e, z − b⟩ / ‖h‖²", cost="NV", state="none"),
+    "parallel_gold": Rule(
+        rule=ExactParallel,
+        fixed={"residual": "gold"},
+        equation="… + λ R(h) e_gold q_gold",
+        cost="NV + 4NDR",
+        state="V·R + D·R",
+    ),
+    "parallel_topmass": Rule(
+        rule=ExactParallel,
+        fixed={"residual": "topmass"},
+        equation="… + λ R(h) Σ_S e_v q_v",
+        cost="NV + top-p + 4NDR",
+        state="V·R + D·R",
+    ),
+    "anchors": Rule(rule=LogitAnchors, equation="(e Z_Mᵀ)(H_M H_Mᵀ + λI)⁻¹ H_M", cost="2NVM + 2MVD", state="none"),
+    "mirror": Rule(rule=WeightMirror, equation="e B", cost="2NVD + 6MVD", state="V·D"),
+    "mirror_sampled": Rule(
+        rule=WeightMirror,
+        fixed={"sampled": True},
+        equation="Σ_kept e_v b_v + (Q/m) Σ_drawn ±b_v",
+        cost="2N(1+k+m)D + 6MVD",
+        state="V·D",
+    ),
+    "transport": Rule(rule=WeightTransport, equation="e W", cost="2NVD", state="none"),
+    "transport_sampled": Rule(
+        rule=WeightTransport,
+        fixed={"sampled": True},
+        equation="Σ_kept e_v w_v + (Q/m) Σ_drawn ±w_v",
+        cost="2N(1+k+m)D",
+        state="none",
+    ),
+}
+
+_CLASSES: dict[str, type[Feedback]] = {entry.rule.__name__: entry.rule for entry in RULES.values()}
+
+
+def feedback_names() -> tuple[str, ...]:
+    """The names `make_feedback` knows, in the order of the documentation."""
+    return tuple(RULES)
+
+
+def feedback_options(name: str) -> tuple[str, ...]:
+    """The options `make_feedback(name, ...)` takes besides the sizes and the seed."""
+    _checks.choice("feedback", name, feedback_names())
+    entry = RULES[name]
+    taken = {"self", "hidden_size", "vocab_size", "seed", *entry.fixed}
+    return tuple(key for key in inspect.signature(entry.rule.__init__).parameters if key not in taken)
+
+
+def make_feedback(name: str, hidden_size: int, vocab_size: int, *, seed: int | None = 0, **options: Any) -> Feedback:
+    """Build a feedback rule by name.
+
+    Args:
+        name: one of `feedback_names()`.
+        hidden_size: D, width of the hidden state.
+        vocab_size: V, number of tokens.
+        seed: seed of codes, draws and anchors; None draws one from torch's default generator.
+        options: the rule's own options, see its class.
+
+    Raises:
+        ValueError: the name or an option is unknown, or an option is out of range.
+    """
+    _checks.choice("feedback", name, feedback_names())
+    entry = RULES[name]
+    known = feedback_options(name)
+    for key in options:
+        if key not in known:
+            raise ValueError(f"option {key!r} is not one of {name!r}; expected one of {', '.join(known) or 'none'}")
+    return entry.rule(hidden_size=hidden_size, vocab_size=vocab_size, seed=seed, **entry.fixed, **options)  # type: ignore[call-arg]
+
+
+def from_spec(spec: str, state: Sequence[Tensor]) -> Feedback:
+    """The rule that `Feedback.spec()` and `Feedback.state()` describe, around the same tensors."""
+    options = json.loads(spec)
+    return _CLASSES[options.pop("rule")]._bare(options, state)
