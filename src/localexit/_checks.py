@@ -125,7 +125,9 @@ def _same_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
 
 
 def token_weight(weight: Any, target: Tensor) -> None:
-    """token_weight must be a floating-point tensor like target."""
+    """token_weight must be None or a floating-point tensor like target."""
+    if weight is None:
+        return
     floating("token_weight", weight)
     if weight.shape != target.shape:
         raise ValueError(

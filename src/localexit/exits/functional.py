@@ -277,6 +277,7 @@ def _build_call(
     _checks.feedback_fits(feedback, input, weight)
     _checks.loss_options(reduction, options.label_smoothing, options.z_loss, options.softcap)
     _checks.num_items(num_items, reduction)
+    _checks.token_weight(token_weight, target)
     _checks.choose_backend(backend)
     compute_dtype = _compute_dtype(input, weight)
     flat_target = target.reshape(-1)
@@ -321,7 +322,6 @@ def _row_weight(
     if token_weight is None:
         row_weight = torch.ones_like(is_counted, dtype=dtype)
     else:
-        _checks.token_weight(token_weight, is_counted)
         row_weight = token_weight.reshape(-1).to(dtype)
     if reduction != "mean":
         return row_weight
