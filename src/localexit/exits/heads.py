@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 import torch
@@ -226,7 +225,7 @@ class HybridTopKTailSketchCompressor(nn.Module):
 
 
 def _spec(rule: str, name: str, **options: Any) -> str:
-    return json.dumps({"rule": rule, "name": name, **options}, sort_keys=True)
+    return repr({"rule": rule, "name": name, **options})
 
 
 class FactorizedExitHead(nn.Module):

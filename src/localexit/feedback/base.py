@@ -7,7 +7,6 @@ measurements (`Anchors`). `WeightTransport`, the exact baseline, is the one rule
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -207,7 +206,8 @@ class Feedback(nn.Module):
     def spec(self) -> str:
         """The rule without its tensors, as text: what a custom operator can carry."""
         values = {name: getattr(self, name) for name in self.options}
-        return json.dumps({"rule": type(self).__name__, "name": self.name, **values}, sort_keys=True)
+        # A Python literal and not JSON, whose encoder torch.compile cannot trace.
+        return repr({"rule": type(self).__name__, "name": self.name, **values})
 
     def extra_repr(self) -> str:
         shown = {"hidden_size": self.hidden_size, "vocab_size": self.vocab_size}

@@ -7,6 +7,7 @@ Draws here are a pure function of what they belong to, so the oracle, the CPU lo
 from __future__ import annotations
 
 import hashlib
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +31,10 @@ def fresh_seed(seed: int | None) -> int:
     return int(torch.randint(2**62, ()).item())
 
 
-def _mix(x: Tensor) -> Tensor:
+_Bits = TypeVar("_Bits", int, Tensor)
+
+
+def _mix(x: _Bits) -> _Bits:
     # "lowbias32" by Chris Wellons (public domain): a 32-bit integer hash, here in int64 with a mask.
     x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
     x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
@@ -38,7 +42,9 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _row_keys(seed: int, stream: int, step: Tensor, exit_index: int, rows: Tensor) -> Tensor:
-    key = _mix((step & _MASK) ^ (derive_seed(seed, f"draws/{stream}") & _MASK))
+    # Arithmetic all the way, so that torch.compile can trace it: `hashlib` it cannot.
+    seed_key = _mix(_mix((seed & _MASK) ^ stream) ^ (seed >> 32 & _MASK))
+    key = _mix((step & _MASK) ^ seed_key)
     key = _mix(key + 0x9E3779B9 * (exit_index + 1) & _MASK)
     return _mix(key ^ _mix(rows & _MASK))
 

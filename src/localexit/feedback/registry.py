@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,5 +109,5 @@ def make_feedback(name: str, hidden_size: int, vocab_size: int, *, seed: int | N
 
 def from_spec(spec: str, state: Sequence[Tensor]) -> Feedback:
     """The rule that `Feedback.spec()` and `Feedback.state()` describe, around the same tensors."""
-    options = json.loads(spec)
+    options = ast.literal_eval(spec)
     return _CLASSES[options.pop("rule")]._bare(options, state)
