@@ -121,3 +121,8 @@ def batch(seed: int = 1, *, rows: int = 2, length: int = 7) -> tuple[Tensor, Ten
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the gradients of a module's parameters that have one, by name."""
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def count_hooks(model: nn.Module) -> int:
+    """How many forward hooks there are on a model's modules."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())

@@ -32,7 +32,9 @@ def _plain_parts(model: Any) -> Parts:
     def embed(ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return model.embed(ids) + model.position(torch.arange(ids.shape[1])), (1.5 * model.decay,)
 
-    return Parts(embed=embed, blocks=model.blocks, run=lambda b, h, decay: b(h, decay), norm=model.norm, head=model.head)
+    return Parts(
+        embed=embed, blocks=model.blocks, run=lambda b, h, decay: b(h, decay), norm=model.norm, head=model.head
+    )
 
 
 def _llama_parts(model: Any) -> Parts:

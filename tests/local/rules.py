@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 
 import torch
-from local.decoders import VOCAB, WIDTH
 from torch import nn
 
+from local.decoders import VOCAB, WIDTH
 from localexit.feedback import Feedback, feedback_names, make_feedback
 from localexit.local import LocalModel, attach
 

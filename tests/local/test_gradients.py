@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from local.decoders import DECODERS, VOCAB, WIDTH, PlainDecoder, batch, build, gradients
 from local.explicit import explicit_step, parts_of
 from local.rules import RULES, attached, rule
-from torch import Tensor, nn
 
 MODES = ("deferred", "stream")
 
@@ -23,7 +24,9 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], *, rtol: fl
     assert got.keys() == expected.keys()
     for name in expected:
         scale = float(expected[name].abs().max()) + 1e-30
-        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=rtol * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name], expected[name], rtol=0, atol=rtol * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def compare(name: str, rule_name: str, mode: str, *, is_tied: bool = False, **step_options: object) -> None:

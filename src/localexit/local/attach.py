@@ -74,7 +74,7 @@ def attach(
     readout = Readout(unembedding=anatomy.unembedding, scale=anatomy.scale, softcap=anatomy.softcap)
     return LocalModel(
         model,
-        blocks=anatomy.blocks,
+        anatomy=anatomy,
         units=units,
         shared=shared,
         exits=model_exits,
@@ -90,8 +90,8 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         raise ValueError(
-            "model is compiled as a whole, and exits inside one compiled graph cannot train its units one by one; attach "
-            "to the model as it was before, and compile its blocks one by one"
+            "model is compiled as a whole, and exits inside one compiled graph cannot train its units one "
+            "by one; attach to the model as it was before, and compile its blocks one by one"
         )
     forward = getattr(model.__dict__.get("forward"), "func", None)
     if isinstance(getattr(forward, "__self__", None), LocalModel):
@@ -108,8 +108,7 @@ def _rule(feedback: str | Feedback, weight: Tensor, *, seed: int) -> Feedback:
 
 
 def _shared_by_exits(anatomy: Anatomy, exits: Sequence[Exit], exit_norm: str | nn.Module) -> list[nn.Parameter]:
-    bias = anatomy.unembedding.bias
-    shared = [anatomy.unembedding.weight, *([] if bias is None else [bias])]
+    shared = list(anatomy.unembedding.parameters())
     if exit_norm == "shared" or isinstance(exit_norm, nn.Module):
         shared += [parameter for module in exits[0].norm for parameter in module.parameters()]
     return shared

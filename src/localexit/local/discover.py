@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from numbers import Real
 from typing import Any, TypeGuard
 
 import torch
@@ -116,9 +115,9 @@ def _unembedding(model: nn.Module, trace: Trace) -> nn.Linear:
     if not _is_unembedding(module) or trace.num_calls()[id(module)] != 1:
         found = "none" if module is None else type(module).__name__
         raise ValueError(
-            f"model has no unembedding that ran once in its forward: expected an nn.Linear with {trace.logits.shape[-1]} "
-            f"outputs (for tied embeddings: one whose weight is the embedding's), got {found}; make the unembedding such "
-            f"a module"
+            f"model has no unembedding that ran once in its forward: expected an nn.Linear with "
+            f"{trace.logits.shape[-1]} outputs (for tied embeddings: one whose weight is the embedding's), "
+            f"got {found}; make the unembedding such a module"
         )
     return module
 
@@ -178,7 +177,9 @@ def _verified(
     if normed.shape[-1] != unembedding.weight.shape[1]:
         return f"they give D={normed.shape[-1]}, but the unembedding is [V, D]={list(unembedding.weight.shape)}"
     if unembedding.weight.shape[0] != logits.shape[-1] or normed.shape[:-1] != logits.shape[:-1]:
-        return f"logits would be {[*normed.shape[:-1], unembedding.weight.shape[0]]}, the model's are {list(logits.shape)}"
+        return (
+            f"logits would be {[*normed.shape[:-1], unembedding.weight.shape[0]]}, the model's are {list(logits.shape)}"
+        )
     errors = {
         (scale, softcap): _relative_error(capped(scaled_linear(unembedding, normed, scale), softcap), logits)
         for scale, softcap in product(_scales(model), _softcaps(model))
@@ -187,9 +188,9 @@ def _verified(
     if errors[best] <= _tolerance(logits, unembedding.weight):
         return best
     return (
-        f"the logits differ by {errors[best]:.1e} of the largest one with scale={best[0]} and softcap={best[1]}; is there "
-        f"anything between the last block and the logits that is not a module, or a factor that the configuration does "
-        f"not name?"
+        f"the logits differ by {errors[best]:.1e} of the largest one with scale={best[0]} and "
+        f"softcap={best[1]}; is there anything between the last block and the logits that is not a module, "
+        f"or a factor that the configuration does not name?"
     )
 
 
@@ -219,16 +220,17 @@ def _numbers(model: nn.Module, names: Sequence[str]) -> list[float]:
     get_text_config = getattr(config, "get_text_config", None)
     places = (config, get_text_config() if callable(get_text_config) else None, model)
     values = (getattr(place, name, None) for place in places for name in names)
-    return [float(value) for value in values if isinstance(value, Real) and value > 0 and value != 1]
+    return [float(value) for value in values if isinstance(value, int | float) and value > 0 and value != 1]
 
 
 def _not_found(reasons: Sequence[str]) -> str:
     if not reasons:
         return (
-            "model has no list of blocks: expected an nn.ModuleList (or an nn.ModuleDict or nn.Sequential of one class) "
-            "whose modules each run once per forward, before the unembedding; put the blocks into one"
+            "model has no list of blocks: expected an nn.ModuleList (or an nn.ModuleDict or nn.Sequential "
+            "of one class) whose modules each run once per forward, before the unembedding; put the blocks "
+            "into one"
         )
     return (
-        "the exits cannot reproduce the model's logits: expected softcap(scale * (tail(hidden) @ W.T + b)), tried "
-        + "; ".join(reasons)
+        "the exits cannot reproduce the model's logits: expected softcap(scale * (tail(hidden) @ W.T + b)), "
+        "tried " + "; ".join(reasons)
     )

@@ -43,7 +43,7 @@ class Readout:
     softcap: float | None
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """W [V, D]."""
         return self.unembedding.weight
 
@@ -97,7 +97,9 @@ def _early_norms(
     if isinstance(exit_norm, nn.Module):
         return [(exit_norm,)] * num_early, nn.ModuleList([exit_norm])
     if not isinstance(exit_norm, str):
-        raise TypeError(f"exit_norm must be one of {', '.join(EXIT_NORMS)}, or a module, got {type(exit_norm).__name__}")
+        raise TypeError(
+            f"exit_norm must be one of {', '.join(EXIT_NORMS)}, or a module, got {type(exit_norm).__name__}"
+        )
     if exit_norm not in EXIT_NORMS:
         raise ValueError(f"exit_norm must be one of {', '.join(EXIT_NORMS)}, or a module, got {exit_norm!r}")
     if exit_norm == "copy":
@@ -112,8 +114,9 @@ def _check_width(exit_: Exit, anatomy: Anatomy) -> None:
         normed = apply_tail(exit_.norm, anatomy.example_hidden)
     if normed.shape[-1] != width:
         raise ValueError(
-            f"exit_norm gives D={normed.shape[-1]} from the blocks' hidden of {anatomy.example_hidden.shape[-1]}, but the "
-            f"unembedding is [V, D]={list(anatomy.unembedding.weight.shape)}; pass exit_norm='shared', or a module that "
+            f"exit_norm gives D={normed.shape[-1]} from the blocks' hidden of "
+            f"{anatomy.example_hidden.shape[-1]}, but the unembedding is [V, "
+            f"D]={list(anatomy.unembedding.weight.shape)}; pass exit_norm='shared', or a module that "
             f"returns D={width}"
         )
 
@@ -132,9 +135,9 @@ def warn_if_scale_invariant(exits: Sequence[Exit], hidden: Tensor, rule: str) ->
         invariant = [exit_.index for exit_ in exits if _is_scale_invariant(exit_.norm, hidden)]
     if invariant:
         warnings.warn(
-            f"feedback {rule!r} works along the normed hidden, and the norm of exits {invariant} does not depend on the "
-            f"scale of its input: it removes that part of the feedback, and little or nothing reaches the blocks. Choose "
-            f"another rule, or exit_norm='none'",
+            f"feedback {rule!r} works along the normed hidden, and the norm of exits {invariant} does not "
+            f"depend on the scale of its input: it removes that part of the feedback, and little or nothing "
+            f"reaches the blocks. Choose another rule, or exit_norm='none'",
             UserWarning,
             stacklevel=3,
         )

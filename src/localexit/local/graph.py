@@ -22,7 +22,7 @@ def reached(tensors: Iterable[Tensor], *, stop: Collection[Any] = ()) -> tuple[l
     """
     starts = [tensor for tensor in tensors if tensor.requires_grad]
     leaves = {id(tensor): tensor for tensor in starts if tensor.grad_fn is None}
-    todo = [tensor.grad_fn for tensor in starts if tensor.grad_fn is not None]
+    todo: list[Any] = [tensor.grad_fn for tensor in starts if tensor.grad_fn is not None]
     seen: set[Any] = set()
     meets_stop = False
     while todo:
@@ -85,9 +85,9 @@ class UnitGraph:
         foreign = [self.names[id(leaf)] for leaf in leaves if id(leaf) in self.foreign]
         if foreign:
             raise ValueError(
-                f"the hidden after {blocks[-1][0]} depends on parameters of another unit ({_shortened(foreign)}) by a way "
-                f"that does not pass through the block's arguments; pass what blocks share as arguments, or put them "
-                f"into one unit with exits="
+                f"the hidden after {blocks[-1][0]} depends on parameters of another unit "
+                f"({_shortened(foreign)}) by a way that does not pass through the block's arguments; pass "
+                f"what blocks share as arguments, or put them into one unit with exits="
             )
         is_known = all(id(leaf) in self.names for leaf in leaves)
         found = {id(leaf) for leaf in leaves}
@@ -96,8 +96,9 @@ class UnitGraph:
             # Parameters swapped in for the forward (sharding does that) cannot be told apart here.
             if is_known and trainable and not trainable & found:
                 raise ValueError(
-                    f"the exit after {blocks[-1][0]} would not train {name}: its hidden does not depend on the block's "
-                    f"parameters; is the block run under no_grad or reentrant checkpointing, or its output replaced?"
+                    f"the exit after {blocks[-1][0]} would not train {name}: its hidden does not depend on "
+                    f"the block's parameters; is the block run under no_grad or reentrant checkpointing, or "
+                    f"its output replaced?"
                 )
         return leaves
 
@@ -109,8 +110,9 @@ class UnitGraph:
         if outside and (meets_own or len(outside) < len(leaves)):
             names = [self.names.get(id(leaf), "an input") for leaf in outside]
             raise ValueError(
-                f"a block receives a tensor that depends both on its own unit and on {_shortened(names)}, which belongs "
-                f"to another one; pass the two as separate arguments, or put an exit on every block with exits='every'"
+                f"a block receives a tensor that depends both on its own unit and on {_shortened(names)}, "
+                f"which belongs to another one; pass the two as separate arguments, or put an exit on every "
+                f"block with exits='every'"
             )
         return self._cut(tensor) if outside else tensor
 

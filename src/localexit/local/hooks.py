@@ -31,12 +31,18 @@ class BlockHooks:
     Args:
         model: the model, for the names of its parameters.
         blocks: its blocks, in order.
+        after_blocks: the module that runs next after the last block.
         units: the units, in order.
         exits: the exits, one per unit.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], units: Sequence[Unit], exits: Sequence[Exit]
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        after_blocks: nn.Module,
+        units: Sequence[Unit],
+        exits: Sequence[Exit],
     ) -> None:
         names = {id(module): name for name, module in model.named_modules()}
         self._blocks = [(names[id(block)], block) for block in blocks]
@@ -44,14 +50,17 @@ class BlockHooks:
         self._exits = tuple(exits)
         self._graphs = unit_graphs(model, blocks, units)
         self._step: Step | None = None
+        self._is_done = False
         self._is_checked = False
+        self._first_unit_leaves: set[int] = set()
         self._handles = [
-            handle
-            for index, block in enumerate(blocks)
-            for handle in (
-                block.register_forward_pre_hook(functools.partial(self._before, index), with_kwargs=True),
-                block.register_forward_hook(functools.partial(self._after, index)),
-            )
+            # Not at the end of the block itself: other hooks on it must run.
+            *(module.register_forward_pre_hook(self._stop, prepend=True) for module in (*blocks, after_blocks)),
+            *(
+                block.register_forward_pre_hook(functools.partial(self._before, index), with_kwargs=True)
+                for index, block in enumerate(blocks)
+            ),
+            *(block.register_forward_hook(functools.partial(self._after, index)) for index, block in enumerate(blocks)),
         ]
 
     @contextmanager
@@ -63,18 +72,19 @@ class BlockHooks:
         """
         if self._step is not None:
             raise RuntimeError("this model is in the middle of a forward; run one step after the other")
-        self._step = step
+        self._step, self._is_done = step, False
         try:
             yield
         except ForwardDone:
             self._is_checked = self._is_checked or step.is_training
         else:
             raise RuntimeError(
-                f"the forward ended without running block {self._blocks[-1][0]!r}, so its exit has no loss; blocks that "
-                f"are skipped at random (layer drop) do not go together with exits: switch that off"
+                f"the forward ended without running block {self._blocks[-1][0]!r}, so its exit has no loss; "
+                f"blocks that are skipped at random (layer drop) do not go together with exits: switch that "
+                f"off"
             )
         finally:
-            self._step = None
+            self._step, self._is_done = None, False
             for graph in self._graphs:
                 graph.leave()
 
@@ -82,6 +92,10 @@ class BlockHooks:
         """Take the hooks off the blocks."""
         for handle in self._handles:
             handle.remove()
+
+    def _stop(self, _module: nn.Module, _args: Any) -> None:
+        if self._is_done:
+            raise ForwardDone
 
     def _before(self, index: int, _block: nn.Module, args: Any, kwargs: Any) -> Any:
         step, unit = self._step, self._units[index]
@@ -107,8 +121,7 @@ class BlockHooks:
             self._check(unit, hidden)
         step.at_exit(self._exits[unit.index], hidden)
         graph.leave()
-        if unit.index == step.last_exit:
-            raise ForwardDone
+        self._is_done = unit.index == step.last_exit
         return replace_tensors(output, detach_tensor) if step.is_training else None
 
     def _check(self, unit: Unit, hidden: Tensor) -> None:
@@ -122,8 +135,9 @@ class BlockHooks:
         names = [name for name in lost if name is not None]
         if names:
             warnings.warn(
-                f"{', '.join(names)} reach only blocks after the first unit, from outside of them: such parameters belong "
-                f"to the first unit, whose loss does not depend on them, so they get no gradient. Move them into a block",
+                f"{', '.join(names)} reach only blocks after the first unit, from outside of them: such "
+                f"parameters belong to the first unit, whose loss does not depend on them, so they get no "
+                f"gradient. Move them into a block",
                 UserWarning,
                 stacklevel=2,
             )
@@ -132,8 +146,8 @@ class BlockHooks:
         in_backward = isinstance(step, StreamStep) and step.is_in_backward
         if in_backward or not torch.is_grad_enabled():
             raise ValueError(
-                "a block runs under activation checkpointing (no_grad in the forward, or once more in the backward); "
-                "switch it off: every unit frees its activations before the next one starts"
+                "a block runs under activation checkpointing (no_grad in the forward, or once more in the "
+                "backward); switch it off: every unit frees its activations before the next one starts"
             )
 
 

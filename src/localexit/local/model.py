@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localexit.local.discover import Anatomy
 from localexit.local.exits import Exit
 from localexit.local.hooks import BlockHooks
 from localexit.local.steps import (
     DeferredStep,
     EvaluationStep,
     ExitEvaluation,
-    LocalOutput,
     LogitsStep,
     LossSettings,
     StreamStep,
@@ -94,7 +94,7 @@ class LocalModel(nn.Module):
         self,
         model: nn.Module,
         *,
-        blocks: Sequence[nn.Module],
+        anatomy: Anatomy,
         units: tuple[Unit, ...],
         shared: tuple[nn.Parameter, ...],
         exits: tuple[Exit, ...],
@@ -114,7 +114,8 @@ class LocalModel(nn.Module):
         self._shared = shared
         self._settings = settings
         self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-        self._hooks: BlockHooks | None = BlockHooks(model, blocks, units, exits)
+        after_blocks = (*anatomy.tail, anatomy.unembedding)[0]
+        self._hooks: BlockHooks | None = BlockHooks(model, anatomy.blocks, after_blocks, units, exits)
         self._replaced_forward = model.__dict__.get("forward")
         self._original_forward = model.forward
         self._new_forward = functools.wraps(model.forward)(functools.partial(self._model_forward))
@@ -140,8 +141,8 @@ class LocalModel(nn.Module):
         values = tuple(float(weight) for weight in weights)
         if len(values) != self.num_exits or not all(0 < value < float("inf") for value in values):
             raise ValueError(
-                f"exit_weights must be {self.num_exits} positive numbers, one per exit, got {list(values)}; leave an exit "
-                f"out with exits= instead of giving it no weight"
+                f"exit_weights must be {self.num_exits} positive numbers, one per exit, got {list(values)}; "
+                f"leave an exit out with exits= instead of giving it no weight"
             )
         self._exit_weights = values
 
@@ -180,8 +181,8 @@ class LocalModel(nn.Module):
         is_training = self.model.training and torch.is_grad_enabled()
         if labels is not None and not is_training and not accepts(self.model, "labels"):
             raise ValueError(
-                "labels given outside of training (eval mode, or gradients are disabled), but the model's own forward takes "
-                "none; use evaluate(input_ids, labels) for the loss of every exit"
+                "labels given outside of training (eval mode, or gradients are disabled), but the model's "
+                "own forward takes none; use evaluate(input_ids, labels) for the loss of every exit"
             )
         return self.model(*_positional(input_ids), **given, **inputs)
 
@@ -234,7 +235,7 @@ class LocalModel(nn.Module):
         return step.logits
 
     def update(self) -> None:
-        """Call once per optimiser step, after all of its forwards: the feedback's own learning and its draws' counter."""
+        """Call once per optimiser step, after its forwards: the feedback's own learning and its draws' counter."""
         self.feedback.update()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -300,18 +301,20 @@ class LocalModel(nn.Module):
     def _refuse_unsupported(self, inputs: TrainingInputs) -> None:
         if inputs.loss_scale is not None and self.backward_mode != "stream":
             raise ValueError(
-                "loss_scale is for backward='stream'; with 'deferred' the loss has its graph: multiply it before backward()"
+                "loss_scale is for backward='stream'; with 'deferred' the loss has its graph: multiply it "
+                "before backward()"
             )
         if any(module.gradient_checkpointing for module in self._checkpointing):
             raise ValueError(
-                "gradient checkpointing is enabled; call model.gradient_checkpointing_disable(): every unit frees its "
-                "activations before the next one starts, and recomputation would only cost time"
+                "gradient (activation) checkpointing is enabled; call "
+                "model.gradient_checkpointing_disable(): attached with backward='stream' every unit frees "
+                "its activations before the next one starts, and recomputation would only cost time"
             )
         config = getattr(self.model, "config", None)
         if inputs.kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
             raise ValueError(
-                "output_router_logits asks for the router's auxiliary loss, which local training does not compute; set "
-                "config.output_router_logits=False"
+                "output_router_logits asks for the router's auxiliary loss, which local training does not "
+                "compute; set config.output_router_logits=False"
             )
         if torch.compiler.is_compiling():
             raise RuntimeError("the whole model is being compiled; compile its blocks one by one instead")

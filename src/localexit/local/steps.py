@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from localexit.exits.functional import exit_cross_entropy, exit_step
 from localexit.feedback.base import Feedback, accumulate_dtype
@@ -94,8 +94,9 @@ class TrainingStep(Step):
         """The exit's normed hidden with its graph, after checking that the labels fit it."""
         if hidden.shape[:-1] != self.target.shape:
             raise ValueError(
-                f"labels have shape {list(self.target.shape)} but the hidden states are {list(hidden.shape)}: expected one "
-                f"label a token; pass labels shaped like input_ids, with {IGNORE_INDEX} where nothing is to be learned"
+                f"labels have shape {list(self.target.shape)} but the hidden states are "
+                f"{list(hidden.shape)}: expected one label a token; pass labels shaped like input_ids, with "
+                f"{IGNORE_INDEX} where nothing is to be learned"
             )
         return self.settings.readout.normed(exit_, hidden)
 
@@ -123,6 +124,7 @@ class DeferredStep(TrainingStep):
             softcap=settings.readout.softcap,
             exit_index=exit_.index,
         )
+        assert isinstance(loss, Tensor), "no statistics were asked for"
         self.losses.append(loss)
 
     def output(self) -> LocalOutput:
@@ -198,7 +200,7 @@ class SharedGradient:
         factor: what `fold()` multiplies the sum by.
     """
 
-    def __init__(self, parameter: nn.Parameter | None, *, factor: float = 1.0) -> None:
+    def __init__(self, parameter: Tensor | None, *, factor: float = 1.0) -> None:
         self.parameter = parameter if parameter is not None and parameter.requires_grad else None
         self.factor = factor
         self.total = self._buffer()
@@ -321,7 +323,7 @@ class _NoBackward(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, *_grads: Tensor) -> NoReturn:
         raise RuntimeError(
-            "backward() on the loss of a model attached with backward='stream': the gradients were made during the "
-            "forward and are in .grad already; drop the backward() call (scale losses beforehand with num_items= or "
-            "loss_scale=), or attach with backward='deferred'"
+            "backward() on the loss of a model attached with backward='stream': the gradients were made "
+            "during the forward and are in .grad already; drop the backward() call (scale losses beforehand "
+            "with num_items= or loss_scale=), or attach with backward='deferred'"
         )

@@ -73,8 +73,8 @@ def logits_of(output: Any) -> Tensor:
     logits = logits[0] if isinstance(logits, (tuple, list)) and logits else logits
     if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
         raise TypeError(
-            f"model returned {type(output).__name__} without logits [batch, tokens, vocabulary]; expected a decoder "
-            f"language model whose forward returns the logits, or an object with .logits"
+            f"model returned {type(output).__name__} without logits [batch, tokens, vocabulary]; expected a "
+            f"decoder language model whose forward returns the logits, or an object with .logits"
         )
     return logits
 
@@ -88,8 +88,8 @@ def random_ids(model: nn.Module, *, seed: int) -> Tensor:
     sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
     if not sizes:
         raise ValueError(
-            "model has no nn.Embedding from which to make up token ids; pass example=, the token ids [batch, tokens] or "
-            "a dict with the inputs of one forward"
+            "model has no nn.Embedding from which to make up token ids; pass example=, the token ids "
+            "[batch, tokens] or a dict with the inputs of one forward"
         )
     # Position and token embeddings look alike here; ids and length below the smaller one fit both.
     smallest = min(sizes)

@@ -21,8 +21,8 @@ def first_tensor(value: Any, *, what: str) -> Tensor:
     first = value[0] if isinstance(value, (tuple, list)) and value else value
     if not isinstance(first, Tensor):
         raise TypeError(
-            f"{what} returned {type(first).__name__}, expected a tensor, or a tuple whose first element is the hidden; "
-            f"wrap the module so that it returns one"
+            f"{what} returned {type(first).__name__}, expected a tensor, or a tuple whose first element is "
+            f"the hidden; wrap the module so that it returns one"
         )
     return first
 

@@ -53,7 +53,9 @@ def exit_blocks(exits: str | Iterable[int], num_blocks: int) -> tuple[int, ...]:
         if not isinstance(index, Integral) or isinstance(index, bool):
             raise TypeError(f"exits must hold block indices, got {index!r}; pass integers in {-num_blocks}..{last}")
         if not -num_blocks <= index < num_blocks:
-            raise ValueError(f"exits has block {index}, but the model has {num_blocks} blocks; pass {-num_blocks}..{last}")
+            raise ValueError(
+                f"exits has block {index}, but the model has {num_blocks} blocks; pass {-num_blocks}..{last}"
+            )
     return tuple(sorted({*(int(index) % num_blocks for index in indices), last}))
 
 
@@ -61,12 +63,14 @@ def _every(exits: str, num_blocks: int) -> int:
     form, _, number = exits.partition(":")
     if form != "every" or (number and not number.isdecimal()) or exits.endswith(":"):
         raise ValueError(
-            f"exits must be 'every', 'every:k' with k in 1..{num_blocks}, or block indices in 0..{num_blocks - 1}, "
-            f"got {exits!r}"
+            f"exits must be 'every', 'every:k' with k in 1..{num_blocks}, or block indices in "
+            f"0..{num_blocks - 1}, got {exits!r}"
         )
     step = int(number or 1)
     if not 1 <= step <= num_blocks:
-        raise ValueError(f"exits={exits!r}, but the model has {num_blocks} blocks; pass 'every:k' with k in 1..{num_blocks}")
+        raise ValueError(
+            f"exits={exits!r}, but the model has {num_blocks} blocks; pass 'every:k' with k in 1..{num_blocks}"
+        )
     return step
 
 

@@ -1,0 +1,95 @@
+"""In stream mode the activations of one unit live at a time: their peak does not depend on depth."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from local.decoders import DECODERS, batch, build
+from local.rules import attached
+
+
+class SavedBytes:
+    """Bytes of the tensors that autograd keeps for a backward, parameters aside; the memory behind one counts once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.ignored = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    class Held:
+        """What autograd holds instead of the tensor: its end is the end of the saved activation."""
+
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+    def pack(self, tensor: Tensor) -> Held:
+        held = self.Held(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.ignored:
+            key = id(held)
+            self.live[key] = storage.nbytes()
+            weakref.finalize(held, self.live.pop, key)
+            self.peak = max(self.peak, sum(self.live.values()))
+        return held
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor):
+            yield
+
+
+def peak_bytes(name: str, num_blocks: int, mode: str, **options: object) -> int:
+    model = build(name, num_blocks)
+    local = attached(model, backward=mode, **options)
+    saved = SavedBytes(model)
+    with saved.watching():
+        out = local(*batch())
+        if mode == "deferred":
+            out.loss.backward()
+    del out
+    assert not saved.live
+    return saved.peak
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_saved_activations_do_not_grow_with_depth(name: str) -> None:
+    assert peak_bytes(name, 8, "stream") == peak_bytes(name, 2, "stream")
+
+
+def test_units_of_two_blocks_hold_two_blocks() -> None:
+    two = peak_bytes("plain", 8, "stream", exits="every:2")
+    assert two == peak_bytes("plain", 2, "stream", exits="every:2")
+    assert 1.5 < two / peak_bytes("plain", 8, "stream") < 2.5
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_this_probe_sees_depth_where_there_is_some(name: str) -> None:
+    assert peak_bytes(name, 8, "deferred") > 3 * peak_bytes(name, 2, "deferred")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_no_block_output_outlives_the_next_unit(name: str) -> None:
+    """Keys and values in a cache, or outputs collected on the way, would keep all of them alive."""
+    model = build(name, 6)
+    local = attached(model, backward="stream")
+    most_alive = 0
+    outputs: list[weakref.ref[Tensor]] = []
+
+    def watch(_module: nn.Module, _args: object, output: Tensor) -> None:
+        nonlocal most_alive
+        outputs.append(weakref.ref(output))
+        most_alive = max(most_alive, sum(ref() is not None for ref in outputs))
+
+    # The key projections' outputs would stay in a cache, the blocks' own in a list of hidden states.
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            module.register_forward_hook(watch)
+    local(*batch())
+    per_block = len(outputs) // 6
+    assert most_alive <= per_block

@@ -1,0 +1,157 @@
+"""What attach() and its training step refuse, and what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from local.decoders import VOCAB, WIDTH, PlainDecoder, batch, build, count_hooks, gradients
+from local.rules import attached, rule
+from localexit.feedback import make_feedback
+from localexit.local import LocalOutput, attach
+
+MODES = ("deferred", "stream")
+
+
+@pytest.mark.parametrize("rule_name", ["parallel", "parallel_gold"])
+def test_parallel_rules_warn_about_a_scale_invariant_norm(rule_name: str) -> None:
+    with pytest.warns(UserWarning, match=rf"feedback '{rule_name}' works along .* exits \[0, 1, 2\]"):
+        attach(build("llama"), feedback=rule_name)
+    with pytest.warns(UserWarning, match=r"exits \[2\]"):
+        attach(build("llama"), feedback=rule_name, exit_norm="none")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"feedback": "exact"}, ValueError, "feedback must be one of"),
+        ({"feedback": 3}, TypeError, "feedback must be a Feedback module"),
+        ({"feedback": make_feedback("dense", WIDTH + 1, VOCAB)}, ValueError, r"was made for \[V, D\]=\[37, 13\]"),
+        ({"exits": [7]}, ValueError, "pass -3..2"),
+        ({"exit_norm": "layer"}, ValueError, "exit_norm must be one of shared, copy, none, or a module, got 'layer'"),
+        ({"exit_norm": None}, TypeError, "exit_norm must be one of .*got NoneType"),
+        ({"exit_norm": nn.Linear(WIDTH, 5)}, ValueError, "exit_norm gives D=5"),
+        ({"backward": "now"}, ValueError, "backward must be one of 'deferred', 'stream', got 'now'"),
+        ({"exit_weights": (1.0, 2.0)}, ValueError, "exit_weights must be 3 positive numbers"),
+        ({"exit_weights": (1.0, 0.0, 2.0)}, ValueError, "exit_weights must be 3 positive numbers"),
+        ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be in"),
+        ({"z_loss": -1.0}, ValueError, "z_loss must be"),
+    ],
+)
+def test_bad_options(options: dict[str, object], error: type[Exception], message: str) -> None:
+    model = build("plain").float()
+    with pytest.raises(error, match=message):
+        attach(model, **{"feedback": "dense", **options})
+    assert count_hooks(model) == 0
+
+
+def test_only_modules_and_only_once() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        attach("llama")
+    model = build("plain")
+    attached(model)
+    with pytest.raises(ValueError, match="attached already"):
+        attached(model)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (torch.zeros(2, 7), TypeError, r"labels must be a tensor of token ids .* got torch\.float32"),
+        ([1, 2], TypeError, "labels must be a tensor of token ids .* got list"),
+        (torch.zeros(7, dtype=torch.int64), ValueError, r"labels must be \[batch, tokens\]"),
+        (torch.zeros(2, 6, dtype=torch.int64), ValueError, r"labels have shape \[2, 6\] but the hidden"),
+        (torch.full((2, 7), VOCAB), ValueError, "outside 0..36"),
+    ],
+)
+def test_bad_labels(labels: object, error: type[Exception], message: str) -> None:
+    local = attached(build("plain"))
+    with pytest.raises(error, match=message):
+        local(batch()[0], labels)
+    assert isinstance(local(*batch()), LocalOutput)
+
+
+def test_loss_scale_is_for_stream_only() -> None:
+    with pytest.raises(ValueError, match="loss_scale is for backward='stream'"):
+        attached(build("plain"))(*batch(), loss_scale=2.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_of_transformers_is_refused(mode: str, use_reentrant: bool) -> None:
+    model = build("llama")
+    attached(model, backward=mode)
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    ids, labels = batch()
+    with pytest.raises(ValueError, match=r"gradient_checkpointing_disable\(\)"):
+        model(ids, labels=labels)
+
+
+class Checkpointed(PlainDecoder):
+    """A decoder that checkpoints its blocks by itself."""
+
+    use_reentrant = True
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        for block in self.blocks:
+            hidden = torch.utils.checkpoint.checkpoint(block, hidden, self.decay, use_reentrant=self.use_reentrant)
+        return self.head(self.norm(hidden))
+
+
+@pytest.mark.parametrize(("use_reentrant", "mode"), [(True, "deferred"), (True, "stream"), (False, "stream")])
+def test_checkpointing_inside_of_a_model_is_refused(use_reentrant: bool, mode: str) -> None:
+    model = Checkpointed(3).double()
+    model.use_reentrant = use_reentrant
+    with pytest.raises(ValueError, match="a block runs under activation checkpointing"):
+        attached(model, backward=mode)(*batch())
+
+
+def test_a_model_compiled_as_a_whole_is_refused() -> None:
+    with pytest.raises(ValueError, match="compiled as a whole"):
+        attached(torch.compile(build("plain"), backend="eager"))
+    model = build("plain")
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match="compiled as a whole"):
+        attached(model)
+
+
+def test_a_routers_loss_that_would_be_left_out_is_refused() -> None:
+    model = build("llama")
+    attached(model)
+    ids, labels = batch()
+    with pytest.raises(ValueError, match="output_router_logits"):
+        model(ids, labels=labels, output_router_logits=True)
+
+
+class LayerDrop(PlainDecoder):
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        for block in self.blocks[: 2 if self.training else 3]:
+            hidden = block(hidden, self.decay)
+        return self.head(self.norm(hidden))
+
+
+def test_a_skipped_last_block_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"without running block 'blocks\.2'.*layer drop"):
+        attached(LayerDrop(3).double())(*batch())
+
+
+def test_an_error_in_the_middle_of_a_step_leaves_the_model_usable() -> None:
+    model = build("plain")
+    local = attached(model, backward="stream")
+    handle = model.blocks[1].register_forward_pre_hook(lambda *_: pytest.fail("stop here"))
+    with pytest.raises(pytest.fail.Exception):
+        local(*batch())
+    handle.remove()
+    model.zero_grad()
+    fresh = build("plain")
+    attached(fresh, backward="stream")(*batch())
+    local(*batch())
+    assert all(torch.equal(grad, gradients(fresh)[name]) for name, grad in gradients(model).items())
+
+
+def test_the_rule_given_is_the_rule_used() -> None:
+    given = rule("dense")
+    assert attach(build("plain"), feedback=given).feedback is given

@@ -1,0 +1,191 @@
+"""Training calls of an attached model, and the state they build up."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+
+import pytest
+import torch
+
+import localexit
+from local.decoders import VOCAB, WIDTH, PlainDecoder, batch, build, gradients
+from local.rules import attached
+from localexit.feedback import make_feedback
+from localexit.local import LocalOutput, attach
+
+MODES = ("deferred", "stream")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_model_itself_trains_like_the_local_model(mode: str) -> None:
+    ids, labels = batch()
+    through_local, direct = build("llama"), build("llama")
+    expected = attached(through_local, backward=mode)(input_ids=ids, labels=labels)
+    attached(direct, backward=mode)
+    got = direct(input_ids=ids, labels=labels)
+    assert isinstance(got, LocalOutput)
+    assert got.logits is None
+    assert torch.equal(got.exit_losses, expected.exit_losses)
+    assert not got.exit_losses.requires_grad
+    torch.testing.assert_close(got.loss, got.exit_losses.sum())
+    if mode == "deferred":
+        (got.loss + expected.loss).backward()
+    assert all(torch.equal(grad, gradients(through_local)[name]) for name, grad in gradients(direct).items())
+
+
+def test_labels_given_by_position_are_noticed() -> None:
+    ids, labels = batch()
+    model = build("llama")
+    attached(model)
+    names = list(inspect.signature(model.forward).parameters)
+    before = [None] * (names.index("labels") - 1)
+    assert torch.equal(model(ids, *before, labels).loss, model(ids, labels=labels).loss)
+    assert torch.equal(model(ids, *before, labels, num_items=4).loss, model(ids, labels=labels, num_items=4).loss)
+
+
+def test_other_inputs_reach_the_model() -> None:
+    ids, labels = batch()
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    labels[1, :3] = -100
+    own = build("llama")(ids, labels=labels, attention_mask=mask).loss
+    local = attached(build("llama"))
+    torch.testing.assert_close(local(ids, labels, attention_mask=mask).exit_losses[-1].float(), own)
+    assert not torch.equal(local(ids, labels).exit_losses[-1].float(), own)
+
+
+def test_embeddings_as_inputs() -> None:
+    model = build("llama")
+    local = attached(model)
+    ids, labels = batch()
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(local(labels=labels, inputs_embeds=embeds).loss, local(ids, labels).loss)
+
+
+def test_the_signature_stays_that_of_the_model() -> None:
+    model = build("llama")
+    before = inspect.signature(model.forward)
+    attached(model)
+    assert inspect.signature(model.forward) == before
+
+
+def test_the_models_own_tail_logits_and_loss_are_not_computed_in_training() -> None:
+    model = build("llama")
+    local = attached(model, exits="every:2", exit_norm="none")
+    ran: list[str] = []
+    for name in ("lm_head", "model.norm", "model.layers.2"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    model.loss_function = lambda *_, **__: pytest.fail("the model's own loss ran")
+    local(*batch())
+    # The norm once, by the last exit; a hook on the last block runs like on any other.
+    assert ran == ["model.norm", "model.layers.2"]
+
+
+def test_backward_on_a_streamed_loss_names_the_mode() -> None:
+    out = attached(build("plain"), backward="stream")(*batch())
+    float(out.loss.detach())
+    with pytest.raises(RuntimeError, match="attached with backward='stream'"):
+        (out.loss / 2).backward()
+
+
+def test_update_steps_the_feedback() -> None:
+    local = attached(build("plain"), "mirror")
+    rows = local.feedback.rows.clone()
+    local(*batch()).loss.backward()
+    local.update()
+    assert int(local.feedback.step) == 1
+    assert not torch.equal(local.feedback.rows, rows)
+
+
+def test_a_model_switched_to_training_by_itself_trains_its_mirror() -> None:
+    local = attached(build("plain"), "mirror")
+    rows = local.feedback.rows.clone()
+    local.eval()
+    local.model.train()
+    local(*batch())
+    local.update()
+    assert not torch.equal(local.feedback.rows, rows)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_go_down(mode: str) -> None:
+    torch.manual_seed(0)
+    local = attach(PlainDecoder(3), feedback="mirror", backward=mode)
+    optimizer = torch.optim.Adam(local.parameters(), lr=1e-2)
+    ids, _ = batch(rows=4)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        out = local(ids, ids)
+        if mode == "deferred":
+            out.loss.backward()
+        local.clip_grad_norm_(1.0)
+        optimizer.step()
+        local.update()
+        losses.append(out.exit_losses)
+    assert torch.all(losses[-1] < 0.5 * losses[0])
+
+
+def test_clipping_is_per_unit() -> None:
+    model = build("plain")
+    local = attached(model)
+    local(*batch()).loss.backward()
+    groups = [*(unit.parameters() for unit in local.units), local.shared_parameters()]
+    before = [torch.cat([p.grad.flatten() for p in group]) for group in groups]
+    limit = float(before[1].norm()) * 0.99
+    norms = local.clip_grad_norm_(limit)
+    torch.testing.assert_close(norms, torch.stack([grad.norm() for grad in before]))
+    for group, grad, norm in zip(groups, before, norms, strict=True):
+        factor = min(1.0, limit / (float(norm) + 1e-6))
+        torch.testing.assert_close(torch.cat([p.grad.flatten() for p in group]), factor * grad)
+
+
+def test_clipping_with_frozen_groups() -> None:
+    model = build("plain")
+    model.blocks[1].requires_grad_(False)
+    local = attached(model, backward="stream")
+    local(*batch())
+    norms = local.clip_grad_norm_(1.0)
+    assert norms.shape == (4,)
+    assert norms[1] == 0
+
+
+def test_exit_weights_may_change_between_steps() -> None:
+    local = attached(build("plain"))
+    losses = local(*batch()).exit_losses
+    local.exit_weights = (3.0, 1.0, 2.0)
+    torch.testing.assert_close(local(*batch()).loss, losses @ torch.tensor([3.0, 1.0, 2.0]).double())
+
+
+def test_state_dict_holds_model_norms_and_feedback() -> None:
+    local = attached(build("plain"), "mirror", exit_norm="copy")
+    local(*batch())
+    local.update()
+    keys = local.state_dict().keys()
+    assert {"feedback.rows", "feedback.step", "exit_norms.0.0.weight", "model.head.weight"} <= keys
+    assert {key.removeprefix("model.") for key in keys if key.startswith("model.")} == local.model.state_dict().keys()
+    other = attached(build("plain", seed=9), "mirror", exit_norm="copy")
+    buffer = io.BytesIO()
+    torch.save(local.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other(*batch()).loss, local(*batch()).loss)
+
+
+def test_a_deep_copy_is_attached_to_the_copy() -> None:
+    local = attached(build("plain"), backward="stream")
+    copied = copy.deepcopy(local)
+    assert copied.model is not local.model
+    copied(*batch())
+    assert all(parameter.grad is None for parameter in local.parameters())
+    copied.remove()
+    assert isinstance(local(*batch()), LocalOutput)
+
+
+def test_rules_by_name_get_the_unembeddings_sizes_and_the_seed() -> None:
+    local = attach(build("plain"), feedback="dense", seed=4)
+    expected = make_feedback("dense", WIDTH, VOCAB, seed=4)
+    assert torch.equal(local.feedback.codebook, expected.codebook)
+    assert localexit.attach is attach
