@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -193,6 +194,16 @@ def targets_in_range(is_bad: Tensor, target: Tensor, vocab_size: int, ignore_ind
             f"target has {int(is_bad.sum())} values outside 0..{vocab_size - 1}, the first is {first}; tokens to leave "
             f"out must have the value ignore_index={ignore_index}"
         )
+
+
+def reverse_mode(**arguments: Tensor | None) -> None:
+    """No argument may carry a forward-mode tangent: it would be lost without a word."""
+    for name, tensor in arguments.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ValueError(
+                f"{name} carries a forward-mode tangent (jvp, jacfwd), but an exit has gradients in reverse mode only; "
+                f"use torch.autograd.grad or backward()"
+            )
 
 
 def accumulator(name: str, total: Any, shape: Sequence[int], dtype: torch.dtype, weight: Tensor) -> None:

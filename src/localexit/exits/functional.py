@@ -123,9 +123,11 @@ def exit_cross_entropy(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices, options or the rule do not fit; on the CPU, a target outside the vocabulary.
-        RuntimeError: in a second differentiation.
+        ValueError: shapes, devices, options or the rule do not fit; on the CPU, a target outside the vocabulary;
+            an argument carries a forward-mode tangent.
+        RuntimeError: in a second differentiation, and under the transforms of `torch.func`.
     """
+    _checks.reverse_mode(input=input, linear_weight=linear_weight, linear_bias=linear_bias, token_weight=token_weight)
     is_differentiable = torch.is_grad_enabled()
     call = _build_call(
         input,
@@ -279,7 +281,7 @@ def _build_call(
     _checks.num_items(num_items, reduction)
     _checks.token_weight(token_weight, target)
     _checks.choose_backend(backend)
-    compute_dtype = _compute_dtype(input, weight)
+    compute_dtype = product_dtype(input, weight)
     flat_target = target.reshape(-1)
     is_counted = flat_target != options.ignore_index
     row_weight = _row_weight(is_counted, token_weight, reduction, num_items, accumulate_dtype(compute_dtype))
@@ -304,7 +306,8 @@ def _build_call(
     )
 
 
-def _compute_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
+def product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of an exit's products: autocast's inside an autocast region, else the promoted one; fp64 stays."""
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

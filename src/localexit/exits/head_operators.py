@@ -13,16 +13,32 @@ from localexit.feedback.registry import from_spec
 
 
 @torch.library.custom_op("localexit::exit_logits", mutates_args=())
-def exit_logits(hidden: Tensor, weight: Tensor, target: Tensor, state: list[Tensor], gain: Tensor, rule: str) -> Tensor:
-    """`hidden @ weight.T`: [..., V]; the rule decides what reaches hidden on the way back, times `gain`."""
-    return hidden @ weight.T
+def exit_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    state: list[Tensor],
+    gain: Tensor,
+    rule: str,
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    """`hidden @ weight.T` in compute_dtype: [..., V]; the rule decides what reaches hidden back, times `gain`."""
+    # The dtype is decided: an autocast region around the call must not change it.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return hidden.to(compute_dtype) @ weight.to(compute_dtype).T
 
 
 @exit_logits.register_fake
 def _exit_logits_fake(
-    hidden: Tensor, weight: Tensor, target: Tensor, state: list[Tensor], gain: Tensor, rule: str
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    state: list[Tensor],
+    gain: Tensor,
+    rule: str,
+    compute_dtype: torch.dtype,
 ) -> Tensor:
-    return hidden.new_empty((*hidden.shape[:-1], weight.shape[0]))
+    return hidden.new_empty((*hidden.shape[:-1], weight.shape[0]), dtype=compute_dtype)
 
 
 @torch.library.custom_op("localexit::exit_logits_backward", mutates_args=())
@@ -40,7 +56,7 @@ def exit_logits_backward(
 ) -> tuple[Tensor, Tensor]:
     """Feedback and dW for the error grad_logits [..., V]; what is not needed is empty. Sums in fp32, no autocast."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        dtype = accumulate_dtype(hidden.dtype)
+        dtype = accumulate_dtype(torch.promote_types(hidden.dtype, weight.dtype))
         values = grad_logits.reshape(-1, weight.shape[0]).to(dtype)
         rows = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
         feedback = hidden.new_empty(0)
@@ -98,7 +114,7 @@ exit_logits_backward.register_autograd(_refuse_double_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, weight, target, state, gain, ctx.rule = inputs
+    hidden, weight, target, state, gain, ctx.rule, _ = inputs
     # The logits are kept only for a rule that reads them; saved properly, so that editing them in place is an error.
     logits = output if from_spec(ctx.rule, state).needs_logits else None
     ctx.save_for_backward(hidden, weight, target, gain, logits, *state)
@@ -115,6 +131,7 @@ def _backward(ctx: Any, grad_logits: Tensor) -> tuple[Any, ...]:
         weight_grad if need_weight else None,
         None,
         [None] * len(state),
+        None,
         None,
         None,
     )

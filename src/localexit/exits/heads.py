@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from localexit import _checks
-from localexit.exits.functional import Backend, Reduction, exit_cross_entropy
+from localexit.exits.functional import Backend, Reduction, exit_cross_entropy, product_dtype
 from localexit.exits.head_operators import exit_logits
 from localexit.feedback.base import Error, Feedback
 from localexit.feedback.codes import (
@@ -297,8 +297,9 @@ class FactorizedExitHead(nn.Module):
     def forward(self, h: Tensor, shared_weight: Tensor, targets: Tensor) -> Tensor:
         """Logits [..., V] for h [..., D], shared_weight [V, D] and targets [...]."""
         _checks.shapes(h, shared_weight, targets, None)
+        _checks.reverse_mode(h=h, shared_weight=shared_weight)
         rule, state = self._rule()
-        return exit_logits(h, shared_weight, targets, state, self.alpha, rule)
+        return exit_logits(h, shared_weight, targets, state, self.alpha, rule, product_dtype(h, shared_weight))
 
 
 class ExactParallelExitHead(nn.Module):
@@ -353,6 +354,7 @@ class ExactParallelExitHead(nn.Module):
     def forward(self, h: Tensor, shared_weight: Tensor, targets: Tensor) -> Tensor:
         """Logits [..., V] for h [..., D], shared_weight [V, D] and targets [...]."""
         _checks.shapes(h, shared_weight, targets, None)
+        _checks.reverse_mode(h=h, shared_weight=shared_weight)
         residual = {"parallel_only": None, "parallel_gold": "gold", "parallel_topmass": "topmass"}[self.mode]
         rule = _spec(
             "ExactParallel",
@@ -366,4 +368,5 @@ class ExactParallelExitHead(nn.Module):
             state = [h.new_empty(shared_weight.shape[0], 0), h.new_empty(h.shape[-1], 0)]
         else:
             state = [self.token_codes, self.Q_base]
-        return exit_logits(h, shared_weight, targets, state, h.new_ones((), dtype=torch.float32), rule)
+        gain = h.new_ones((), dtype=torch.float32)
+        return exit_logits(h, shared_weight, targets, state, gain, rule, product_dtype(h, shared_weight))
