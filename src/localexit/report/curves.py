@@ -10,14 +10,15 @@ import numpy as np
 from .records import Floats, Ints
 
 MAX_POINTS = 400
+_MAX_DRAWN = 1e30
 
 
 def binned(x: Ints, values: Floats, *, reduce: Literal["mean", "max"], limit: int = MAX_POINTS) -> tuple[Ints, Floats]:
     """Reduce x [T], values [T, C] to at most `limit` equal stretches: last x, mean or max of the values.
 
-    NaN and infinities are left out; a stretch of nothing else becomes NaN, a gap in the curve.
+    What cannot be drawn is left out; a stretch of nothing else becomes NaN, a gap in the curve.
     """
-    finite = np.where(np.isfinite(values), values, np.nan)
+    finite = gapped(values)
     if len(x) <= limit:
         return x, finite
     edges = np.linspace(0, len(x), limit + 1).astype(np.int64)
@@ -32,7 +33,12 @@ def binned(x: Ints, values: Floats, *, reduce: Literal["mean", "max"], limit: in
 def thinned(x: Ints, values: Floats, *, limit: int = MAX_POINTS) -> tuple[Ints, Floats]:
     """Keep at most `limit` evenly spaced records of x [T], values [T, C], the first and the last included."""
     kept = np.unique(np.linspace(0, len(x) - 1, min(limit, len(x))).round().astype(np.int64))
-    return x[kept], np.where(np.isfinite(values[kept]), values[kept], np.nan)
+    return x[kept], gapped(values[kept])
+
+
+def gapped(values: Floats) -> Floats:
+    """Put NaN, a gap, in place of what cannot be drawn: infinities, and numbers too large for an axis."""
+    return np.where(np.abs(values) < _MAX_DRAWN, values, np.nan)
 
 
 def last_finite(values: Floats) -> int | None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -137,7 +138,7 @@ def scale_log(axes: Axes, curves: Sequence[Curve]) -> None:
         return
     axes.set_yscale("log")
     axes.set_ylim(values.min() / 1.15, values.max() * 1.15)
-    is_short = values.max() / values.min() < 200
+    is_short = values.max() < 200 * values.min()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_short else (1,), numticks=6))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(_compact_ticks())
@@ -149,36 +150,32 @@ def label_ends(axes: Axes, curves: Sequence[Curve], *, strong: Literal["last", "
     Call it after the axes are scaled. Labels that do not fit are left out, evenly; the last one stays.
     """
     ends = [(curve, index) for curve in curves if curve.label and (index := last_finite(curve.y)) is not None]
-    height = axes.bbox.height * POINTS_PER_INCH / axes.figure.dpi
-    room = int(height / _LINE_HEIGHT) + 1
+    axes_height = axes.bbox.height * POINTS_PER_INCH / axes.figure.dpi
+    room = int(axes_height / _LINE_HEIGHT) + 1
     if len(ends) > room:
         ends = [ends[index] for index in np.linspace(0, len(ends) - 1, room).round().astype(int)]
-    targets = [_height(axes, float(curve.y[index])) for curve, index in ends]
-    heights = spread(targets, _LINE_HEIGHT / height, 0.0, 1.0)
-    right = axes.get_xlim()[1]
-    for (curve, index), target, label_height in zip(ends, targets, heights, strict=True):
-        start = axes.transLimits.transform((curve.x[index], 0))[0] if curve.x[index] < right else 1.0
+    starts = [_place(axes, float(curve.x[index]), float(curve.y[index])) for curve, index in ends]
+    heights = spread([height for _, height in starts], _LINE_HEIGHT / axes_height, 0.0, 1.0)
+    for (curve, _), label_height in zip(ends, heights, strict=True):
         is_strong = strong == "last" and curve is ends[-1][0]
-        axes.annotate(
+        axes.text(
+            1.045,
+            label_height,
             curve.label,
-            xy=(start, target),
-            xycoords="axes fraction",
-            xytext=(1.045, label_height),
-            textcoords="axes fraction",
+            transform=axes.transAxes,
             va="center",
             color=INK.light if is_strong else MUTED.light,
             weight="bold" if is_strong else "normal",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": curve.color.light,
-                "linewidth": 0.9,
-                "linestyle": (0, (1, 1.5)),
-                "relpos": (0, 0.5),
-                "shrinkA": 0.5,
-                "shrinkB": 2.5,
-            },
         )
+    leaders = LineCollection(
+        [[start, (1.038, label_height)] for start, label_height in zip(starts, heights, strict=True)],
+        colors=[curve.color.light for curve, _ in ends],
+        linewidths=0.9,
+        linestyles=(0, (1, 1.5)),
+        transform=axes.transAxes,
+        clip_on=False,
+    )
+    axes.add_collection(leaders, autolim=False)
 
 
 def uniform_loss(vocab_size: object) -> float | None:
@@ -208,7 +205,7 @@ def _set_range(axes: Axes, low: float, high: float) -> None:
     axes.yaxis.set_major_formatter(_compact_ticks())
 
 
-def _height(axes: Axes, y: float) -> float:
-    """Height of the value y in the axes, 0 at the bottom and 1 at the top."""
-    height = axes.transLimits.transform(axes.transScale.transform((1, y)))[1]
-    return float(min(max(height, 0.0), 1.0))
+def _place(axes: Axes, x: float, y: float) -> tuple[float, float]:
+    """Where the point (x, y) is in the axes, from (0, 0) to (1, 1)."""
+    across, height = axes.transLimits.transform(axes.transScale.transform((x, y)))
+    return float(across), float(min(max(height, 0.0), 1.0))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .curves import binned, thinned
+from .curves import binned, gapped, thinned
 from .drawing import (
     SMALL,
     WIDE,
@@ -101,7 +101,7 @@ def loss_by_depth(run: Run) -> Chart | None:
     curves = [
         Curve(
             x=depth,
-            y=_gapped(valid.loss[index]),
+            y=gapped(valid.loss[index]),
             color=INK if index == final else FAINT,
             width=2.0 if index == final else 1.0,
             label=f"step {compact(float(valid.step[index]))}",
@@ -198,7 +198,7 @@ def losses_by_depth(runs: Sequence[Run], labels: Sequence[str]) -> Chart | None:
         color, dash = run_style(index)
         for losses in _comparable(runs, run)[-1:]:
             depth = np.arange(len(losses))
-            curves.append(Curve(x=depth, y=_gapped(losses), color=color, dash=dash, width=1.7, label=drawable(label)))
+            curves.append(Curve(x=depth, y=gapped(losses), color=color, dash=dash, width=1.7, label=drawable(label)))
     if not has_numbers(curves) or max(len(curve.x) for curve in curves) < 2:
         return None
     figure, axes = canvas(*WIDE, right=2.3)
@@ -245,10 +245,6 @@ def _comparable(runs: Sequence[Run], run: Run) -> Floats:
 
 def _comparable_unit(runs: Sequence[Run]) -> str:
     return "nats/token" if are_losses_comparable(runs) else "bits/byte"
-
-
-def _gapped(values: Floats) -> Floats:
-    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _last_values(valid: ValidRecords) -> str:

@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.transforms import Bbox
 
 from .text import visible
 
@@ -26,6 +27,8 @@ POINTS_PER_INCH = 72.0
 _FONT = "DejaVu Sans"
 _SVG_FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif"
 _PNG_DPI = 160
+# inches around a picture that stands alone
+_PNG_PADDING = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,8 @@ Dash = str | tuple[int, tuple[float, ...]]
 
 def exit_colors(num_exits: int) -> tuple[Color, ...]:
     """One colour per exit, by depth: the deeper, the further from the background."""
-    depths = [index / max(num_exits - 1, 1) for index in range(num_exits)] if num_exits > 1 else [1.0]
+    # A single exit is the last one.
+    depths = [1.0] if num_exits == 1 else [index / (num_exits - 1) for index in range(num_exits)]
     viridis = matplotlib.colormaps["viridis"]
     return tuple(
         Color(light=_hex(viridis(0.76 * (1 - depth))), dark=_hex(viridis(0.32 + 0.63 * depth))) for depth in depths
@@ -131,7 +135,9 @@ def to_png(figure: Figure) -> bytes:
     """Render `figure` in the light scheme."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", dpi=_PNG_DPI, metadata={"Software": None})
+    width, height = figure.get_size_inches()
+    around = Bbox.from_extents(-_PNG_PADDING, -_PNG_PADDING, width + _PNG_PADDING, height + _PNG_PADDING)
+    figure.savefig(buffer, format="png", dpi=_PNG_DPI, bbox_inches=around, metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -88,7 +88,7 @@ def _run_view(run: Run, index: int, label: str) -> RunView:
         key=_key(index),
         label=label,
         color=run_style(index)[0],
-        feedback=_named(run.train_config, "feedback"),
+        feedback=shortened(_named(run.train_config, "feedback"), 40),
         facts=_facts(run),
         state=_STATES.get(events[-1].event if events else "", "not finished"),
         notes=_notes(run.records),
