@@ -45,6 +45,7 @@ def test_the_vocabulary_has_the_size_asked_for(tokenizer: Tokenizer) -> None:
 
 
 @given(text=st.text())
+@settings(deadline=None)
 def test_every_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(ids_of(tokenizer, text), skip_special_tokens=False) == text
 
@@ -54,7 +55,7 @@ GAPS = st.sampled_from([" ", "\n", "  ", "\n\n ", " \t\u2028", "\u2028"])
 
 
 @given(parts=st.lists(st.tuples(WORDS, GAPS), max_size=40), size=st.integers(10, 50))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_pieces_are_short_and_encode_as_the_whole_does(
     tokenizer: Tokenizer, parts: list[tuple[str, str]], size: int
 ) -> None:
@@ -197,6 +198,7 @@ def test_the_default_corpus_is_tokenized_within_its_time(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_line_of_100_mb_is_tokenized(tmp_path: Path) -> None:
     (tmp_path / "line.txt").write_bytes(b"one long line without an end, " * 3_333_334)
     corpus = load_corpus(str(tmp_path / "line.txt"))
