@@ -20,8 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## train on the default corpus (at most 5 minutes on 2 cores), then a table, a sample and a report
-	@run=runs/demo; n=1; while [ -e "$$run" ]; do n=$$((n + 1)); run=runs/demo-$$n; done; \
-	$(BIN)/localexit train --run "$$run"
+	$(BIN)/localexit train
 
 test: lint  ## lint, types and the fast tests
 	$(PYTEST) -m "not slow and not long"
