@@ -20,10 +20,11 @@ from localexit.feedback.rows import WeightMirror, WeightTransport
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One named rule: its class, the options its name fixes, and what a reader wants to know of it."""
+    """One named rule: its class, the options its name fixes or does not read, what a reader wants to know of it."""
 
     rule: type[Feedback]
     fixed: dict[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
     equation: str
     cost: str
     state: str
@@ -35,10 +36,18 @@ RULES: dict[str, Rule] = {
     "hybrid": Rule(
         rule=Hybrid, equation="gain · [e_S Q, sketch(e − e_S)] Uᵀ", cost="2NVR + top-k", state="V·(R_exact + 2) + D·R"
     ),
-    "parallel": Rule(rule=ExactParallel, equation="h ⟨e, z − b⟩ / ‖h‖²", cost="NV", state="none"),
+    "parallel": Rule(
+        rule=ExactParallel,
+        fixed={"residual": None},
+        unused=("residual_rank", "residual_gain", "mass_threshold", "nucleus_cap"),
+        equation="h ⟨e, z − b⟩ / ‖h‖²",
+        cost="NV",
+        state="none",
+    ),
     "parallel_gold": Rule(
         rule=ExactParallel,
         fixed={"residual": "gold"},
+        unused=("mass_threshold", "nucleus_cap"),
         equation="… + λ R(h) e_gold q_gold",
         cost="NV + 4NDR",
         state="V·R + D·R",
@@ -51,7 +60,14 @@ RULES: dict[str, Rule] = {
         state="V·R + D·R",
     ),
     "anchors": Rule(rule=LogitAnchors, equation="(e Z_Mᵀ)(H_M H_Mᵀ + λI)⁻¹ H_M", cost="2NVM + 2MVD", state="none"),
-    "mirror": Rule(rule=WeightMirror, equation="e B", cost="2NVD + 6MVD", state="V·D"),
+    "mirror": Rule(
+        rule=WeightMirror,
+        fixed={"sampled": False},
+        unused=("topk", "num_draws"),
+        equation="e B",
+        cost="2NVD + 6MVD",
+        state="V·D",
+    ),
     "mirror_sampled": Rule(
         rule=WeightMirror,
         fixed={"sampled": True},
@@ -59,7 +75,14 @@ RULES: dict[str, Rule] = {
         cost="2N(1+k+m)D + 6MVD",
         state="V·D",
     ),
-    "transport": Rule(rule=WeightTransport, equation="e W", cost="2NVD", state="none"),
+    "transport": Rule(
+        rule=WeightTransport,
+        fixed={"sampled": False},
+        unused=("topk", "num_draws"),
+        equation="e W",
+        cost="2NVD",
+        state="none",
+    ),
     "transport_sampled": Rule(
         rule=WeightTransport,
         fixed={"sampled": True},
@@ -81,7 +104,7 @@ def feedback_options(name: str) -> tuple[str, ...]:
     """The options `make_feedback(name, ...)` takes besides the sizes and the seed."""
     _checks.choice("feedback", name, feedback_names())
     entry = RULES[name]
-    taken = {"self", "hidden_size", "vocab_size", "seed", *entry.fixed}
+    taken = {"self", "hidden_size", "vocab_size", "seed", *entry.fixed, *entry.unused}
     return tuple(key for key in inspect.signature(entry.rule.__init__).parameters if key not in taken)
 
 
