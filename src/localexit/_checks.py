@@ -30,16 +30,37 @@ def count(name: str, value: Any, *, minimum: int) -> int:
     return int(value)
 
 
+def integer(name: str, value: Any) -> int:
+    """An integer of either sign."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
+def _number(name: str, value: Any, expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
+    return float(value)
+
+
+def finite(name: str, value: Any) -> float:
+    """A finite number."""
+    if not math.isfinite(_number(name, value, "a finite number")):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
 def non_negative(name: str, value: Any) -> float:
     """A finite number of at least 0."""
-    if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    expected = "a finite number of at least 0"
+    if not 0 <= _number(name, value, expected) < math.inf:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
     return float(value)
 
 
 def fraction(name: str, value: Any) -> float:
     """A number in (0, 1]."""
-    if not isinstance(value, Real) or not 0 < float(value) <= 1:
+    if not 0 < _number(name, value, "a number in (0, 1]") <= 1:
         raise ValueError(f"{name} must be in (0, 1], got {value!r}")
     return float(value)
 
@@ -51,8 +72,8 @@ def rank(value: int | None, hidden_size: int, name: str = "rank", *, default: in
     value = count(name, value, minimum=1)
     if value > hidden_size:
         raise ValueError(
-            f"{name}={value} is larger than the hidden size {hidden_size}, but {name} orthonormal columns of length "
-            f"{hidden_size} cannot exist beyond it; pass {name}={hidden_size} or less"
+            f"{name}={value} is larger than the hidden size {hidden_size}: {value} orthonormal columns of length "
+            f"{hidden_size} do not exist; pass {name}={hidden_size} or less"
         )
     return value
 
@@ -77,51 +98,61 @@ def floating(name: str, tensor: Any) -> None:
     if tensor.dtype not in FLOAT_DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {names}, got {tensor.dtype}; convert it with .to(...)")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}; convert it with .to_dense()")
 
 
-def shapes(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+def shapes(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    names: tuple[str, str, str] = ("input", "linear_weight", "target"),
+) -> None:
     """Check hidden [..., D], weight [V, D], target [...], bias [V]; dtypes and devices that fit."""
-    floating("input", hidden)
-    floating("linear_weight", weight)
-    _same_device("linear_weight", weight, hidden)
+    of, weight_name, target_name = names
+    floating(of, hidden)
+    floating(weight_name, weight)
+    _same_device(weight_name, weight, hidden, of=of)
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(
-            f"linear_weight must be [V, D] with V of at least 1, got shape {list(weight.shape)}; "
+            f"{weight_name} must be [V, D] with V of at least 1, got shape {list(weight.shape)}; "
             f"pass nn.Linear.weight as it is"
         )
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"input has shape {list(hidden.shape)} but linear_weight is [V, D]={list(weight.shape)}: the last "
-            f"dimension of input must be D={weight.shape[1]}; pass nn.Linear.weight as it is, not transposed"
+            f"{of} has shape {list(hidden.shape)} but {weight_name} is [V, D]={list(weight.shape)}: the last "
+            f"dimension of {of} must be D={weight.shape[1]}; pass nn.Linear.weight as it is, not transposed"
         )
-    _target(target, hidden)
+    _token_ids(target, hidden, name=target_name, of=of)
     if bias is not None:
         floating("linear_bias", bias)
-        _same_device("linear_bias", bias, hidden)
+        _same_device("linear_bias", bias, hidden, of=of)
         if tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(f"linear_bias must be [V]=[{weight.shape[0]}], got shape {list(bias.shape)}")
 
 
-def _target(target: Any, hidden: Tensor) -> None:
+def _token_ids(target: Any, rows: Tensor, *, name: str, of: str) -> None:
     if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor of token ids, got {type(target).__name__}")
+        raise TypeError(f"{name} must be a tensor of token ids, got {type(target).__name__}")
     if target.dtype not in INDEX_DTYPES:
         raise TypeError(
-            f"target must hold token ids as int64 or int32, got {target.dtype}; convert it with .long() "
+            f"{name} must hold token ids as int64 or int32, got {target.dtype}; convert it with .long() "
             f"(class probabilities are not supported)"
         )
-    if target.shape != hidden.shape[:-1]:
+    if target.shape != rows.shape[:-1]:
         raise ValueError(
-            f"target has shape {list(target.shape)} but input is {list(hidden.shape)}: expected target to have "
-            f"input's shape without the last dimension, {list(hidden.shape[:-1])}"
+            f"{name} has shape {list(target.shape)} but {of} is {list(rows.shape)}: expected {name} to have "
+            f"the shape of {of} without the last dimension, {list(rows.shape[:-1])}"
         )
-    _same_device("target", target, hidden)
+    _same_device(name, target, rows, of=of)
 
 
-def _same_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
-    if tensor.device != hidden.device:
+def _same_device(name: str, tensor: Tensor, other: Tensor, *, of: str) -> None:
+    if tensor.device != other.device:
         raise ValueError(
-            f"{name} is on {tensor.device} but input is on {hidden.device}; move one of them with .to(device)"
+            f"{name} is on {tensor.device} but {of} is on {other.device}; move one of them with .to(device)"
         )
 
 
@@ -142,14 +173,23 @@ def token_weight(weight: Any, target: Tensor) -> None:
 def loss_options(reduction: Any, label_smoothing: Any, z_loss: Any, softcap: Any) -> None:
     """Options of the loss."""
     choice("reduction", reduction, ("mean", "sum", "none"))
-    if not isinstance(label_smoothing, Real) or not 0 <= float(label_smoothing) < 1:
+    if not 0 <= _number("label_smoothing", label_smoothing, "a number in [0, 1)") < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
     non_negative("z_loss", z_loss)
-    if softcap is not None and (not isinstance(softcap, Real) or not 0 < float(softcap) < math.inf):
-        raise ValueError(f"softcap must be a positive number or None (no cap), got {softcap!r}")
+    expected = "a positive number or None (no cap)"
+    if softcap is not None and not 0 < _number("softcap", softcap, expected) < math.inf:
+        raise ValueError(f"softcap must be {expected}, got {softcap!r}")
 
 
-def num_items(value: Any, reduction: str) -> None:
+def call_options(ignore_index: Any, exit_index: Any, chunk_bytes: Any) -> None:
+    """Options of a call that are not the loss's."""
+    integer("ignore_index", ignore_index)
+    count("exit_index", exit_index, minimum=0)
+    if chunk_bytes is not None:
+        count("chunk_bytes", chunk_bytes, minimum=1)
+
+
+def num_items(value: Any, reduction: str, hidden: Tensor) -> None:
     """num_items is the normaliser of reduction='mean' and of no other."""
     if value is None:
         return
@@ -160,8 +200,40 @@ def num_items(value: Any, reduction: str) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"num_items must be a number or a 0-dim tensor, got shape {list(value.shape)}")
-    elif not isinstance(value, Real) or not float(value) > 0:
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"num_items must be a number of tokens, got a tensor of {value.dtype}")
+        if value.device.type != "cpu":
+            _same_device("num_items", value, hidden, of="input")
+    elif not 0 < _number("num_items", value, "a number of tokens or a 0-dim tensor") < math.inf:
         raise ValueError(f"num_items must be a positive number of tokens, got {value!r}")
+
+
+def head_inputs(h: Tensor, shared_weight: Tensor, targets: Tensor, made_for: tuple[int, int]) -> None:
+    """Arguments of a drop-in head that was made for [V, D]."""
+    shapes(h, shared_weight, targets, names=("h", "shared_weight", "targets"))
+    if tuple(shared_weight.shape) != made_for:
+        raise ValueError(
+            f"shared_weight is [V, D]={list(shared_weight.shape)} but the head was made for {list(made_for)}; build "
+            f"the head with the unembedding's sizes"
+        )
+
+
+def compressor_error(grad_logits: Any, vocab_size: int) -> None:
+    """An error [..., V] handed to a compressor."""
+    floating("grad_logits", grad_logits)
+    if grad_logits.dim() < 1 or grad_logits.shape[-1] != vocab_size:
+        raise ValueError(
+            f"grad_logits has shape {list(grad_logits.shape)} but the compressor was made for a vocabulary of "
+            f"{vocab_size}: expected that as the last dimension"
+        )
+
+
+def compressor_targets(targets: Any, grad_logits: Tensor) -> None:
+    """Targets [...] of an error handed to a compressor."""
+    _token_ids(targets, grad_logits, name="targets", of="grad_logits")
+    if not targets.is_cuda:
+        vocab_size = grad_logits.shape[-1]
+        targets_in_range(targets >= vocab_size, targets, vocab_size)
 
 
 def feedback_fits(feedback: Any, hidden: Tensor, weight: Tensor) -> None:
@@ -186,7 +258,7 @@ def feedback_fits(feedback: Any, hidden: Tensor, weight: Tensor) -> None:
         )
 
 
-def targets_in_range(is_bad: Tensor, target: Tensor, vocab_size: int, ignore_index: int) -> None:
+def targets_in_range(is_bad: Tensor, target: Tensor, vocab_size: int, ignore_index: int = -100) -> None:
     """On the CPU, where looking is free: no target outside the vocabulary."""
     if bool(is_bad.any()):
         first = int(target[is_bad][0])
@@ -213,7 +285,7 @@ def accumulator(name: str, total: Any, shape: Sequence[int], dtype: torch.dtype,
     if not isinstance(total, Tensor) or tuple(total.shape) != tuple(shape) or total.dtype != dtype:
         got = f"{list(total.shape)} {total.dtype}" if isinstance(total, Tensor) else type(total).__name__
         raise ValueError(f"{name} must be a {list(shape)} tensor of {dtype} to sum in, got {got}")
-    _same_device(name, total, weight)
+    _same_device(name, total, weight, of="linear_weight")
 
 
 def choose_backend(backend: str) -> str:

@@ -128,7 +128,6 @@ def exit_cross_entropy(
         RuntimeError: in a second differentiation, and under the transforms of `torch.func`.
     """
     _checks.reverse_mode(input=input, linear_weight=linear_weight, linear_bias=linear_bias, token_weight=token_weight)
-    is_differentiable = torch.is_grad_enabled()
     call = _build_call(
         input,
         linear_weight,
@@ -137,17 +136,17 @@ def exit_cross_entropy(
         bias=linear_bias,
         token_weight=token_weight,
         reduction=reduction,
-        options=_loss_options(ignore_index, label_smoothing, z_loss, softcap),
+        options=_loss_options(reduction, ignore_index, label_smoothing, z_loss, softcap),
         num_items=num_items,
         backend=backend,
         exit_index=exit_index,
         chunk_bytes=chunk_bytes,
-        need_hidden=is_differentiable and input.requires_grad,
-        need_weight=is_differentiable and linear_weight.requires_grad,
-        need_bias=is_differentiable and linear_bias is not None and linear_bias.requires_grad,
-        need_stats=return_stats,
+        need_hidden=_needs_grad(input),
+        need_weight=_needs_grad(linear_weight),
+        need_bias=_needs_grad(linear_bias),
+        need_stats=bool(return_stats),
     )
-    if is_differentiable and feedback.training:
+    if torch.is_grad_enabled() and feedback.training:
         _collect_pairs(feedback, call, exit_index)
     loss, _, lse, log_prob, argmax, entropy, is_bad, *_ = exit_loss(
         call.hidden,
@@ -225,7 +224,7 @@ def exit_step(
             bias=linear_bias,
             token_weight=token_weight,
             reduction=reduction,
-            options=_loss_options(ignore_index, label_smoothing, z_loss, softcap),
+            options=_loss_options(reduction, ignore_index, label_smoothing, z_loss, softcap),
             num_items=num_items,
             backend=backend,
             exit_index=exit_index,
@@ -233,7 +232,7 @@ def exit_step(
             need_hidden=need_feedback,
             need_weight=grad_weight is not None,
             need_bias=grad_bias is not None,
-            need_stats=return_stats,
+            need_stats=bool(return_stats),
         )
         # Bound like in the operator: a rule that needs the weight gets it here, the others their own tensors.
         call = replace(call, rule=from_spec(feedback.spec(), feedback.state(linear_weight)))
@@ -247,7 +246,14 @@ def exit_step(
         return _exit_step(call, result, input, target)
 
 
-def _loss_options(ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None) -> LossOptions:
+def _needs_grad(argument: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and isinstance(argument, Tensor) and argument.requires_grad
+
+
+def _loss_options(
+    reduction: Reduction, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None
+) -> LossOptions:
+    _checks.loss_options(reduction, label_smoothing, z_loss, softcap)
     return LossOptions(
         ignore_index=ignore_index,
         label_smoothing=float(label_smoothing),
@@ -277,8 +283,8 @@ def _build_call(
 ) -> ExitCall:
     _checks.shapes(input, weight, target, bias)
     _checks.feedback_fits(feedback, input, weight)
-    _checks.loss_options(reduction, options.label_smoothing, options.z_loss, options.softcap)
-    _checks.num_items(num_items, reduction)
+    _checks.call_options(options.ignore_index, exit_index, chunk_bytes)
+    _checks.num_items(num_items, reduction, input)
     _checks.token_weight(token_weight, target)
     _checks.choose_backend(backend)
     compute_dtype = product_dtype(input, weight)
@@ -338,8 +344,10 @@ def _collect_pairs(feedback: Feedback, call: ExitCall, exit_index: int) -> None:
         return
     is_counted = call.target != call.options.ignore_index
     rows = choose_rows(feedback.seed, feedback.step, exit_index, is_counted, feedback.num_pairs)
-    hidden = torch.where(is_counted[rows, None], call.hidden[rows], 0)
-    feedback.collect(exit_index, measure(hidden.to(call.weight.dtype), call.weight, is_counted[rows]))
+    hidden = torch.where(is_counted[rows, None], call.hidden[rows], 0).to(call.weight.dtype)
+    # Measured in the weight's own dtype: autocast would round what the mirror is to learn.
+    with torch.autocast(hidden.device.type, enabled=False):
+        feedback.collect(exit_index, measure(hidden, call.weight, is_counted[rows]))
 
 
 def _exit_step(call: ExitCall, result: ExitResult, input: Tensor, target: Tensor) -> ExitStep:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from localexit import _checks
 from localexit.exits.loss import row_dot
 from localexit.feedback.base import Error, Tokens, accumulate_dtype
 from localexit.feedback.registry import from_spec
@@ -23,6 +24,8 @@ def exit_logits(
     compute_dtype: torch.dtype,
 ) -> Tensor:
     """`hidden @ weight.T` in compute_dtype: [..., V]; the rule decides what reaches hidden back, times `gain`."""
+    if not hidden.is_cuda:
+        _checks.targets_in_range(target >= weight.shape[0], target, weight.shape[0])
     # The dtype is decided: an autocast region around the call must not change it.
     with torch.autocast(hidden.device.type, enabled=False):
         return hidden.to(compute_dtype) @ weight.to(compute_dtype).T
@@ -76,7 +79,8 @@ def _feedback(
     error = Error(values=values, scale=values.new_ones(values.shape[0]), logit_product=product)
     tokens = Tokens(
         hidden=rows,
-        target=target.long().clamp_min(0),
+        # Negative targets are ignored rows; one beyond the vocabulary was an error on the CPU.
+        target=target.long().clamp(0, values.shape[1] - 1),
         logits=logits,
         log_normaliser=None if logits is None else logits.logsumexp(1),
     )

@@ -62,12 +62,15 @@ class ExitHead(nn.Module):
     ) -> None:
         super().__init__()
         _checks.loss_options(reduction, label_smoothing, z_loss, softcap)
+        _checks.call_options(ignore_index, exit_index, None)
+        _checks.choose_backend(backend)
         if isinstance(feedback, str):
             feedback = make_feedback(feedback, hidden_size, vocab_size, seed=seed).to(device)
         self.feedback = feedback
         if weight is None:
             weight = nn.Parameter(torch.empty(vocab_size, hidden_size, device=device, dtype=dtype))
             nn.init.normal_(weight, std=0.02)
+        _checks.floating("weight", weight)
         self.weight = weight
         self.bias = nn.Parameter(torch.zeros(vocab_size, device=device, dtype=dtype)) if bias else None
         _checks.feedback_fits(feedback, weight, weight)
@@ -134,8 +137,11 @@ def orthonormal_columns(
 
     Raises:
         ValueError: rank is outside 1..d_out.
+        TypeError: dtype is not floating point.
     """
-    rank = _checks.rank(rank, d_out)
+    rank = _checks.rank(_checks.count("rank", rank, minimum=1), _checks.count("d_out", d_out, minimum=1))
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}; integers cannot hold orthonormal columns")
     return orthonormal_expander(d_out, rank, seed=fresh_seed(seed)).to(device=device, dtype=dtype)
 
 
@@ -152,7 +158,7 @@ class DenseRandomCompressor(nn.Module):
 
     def __init__(self, vocab_size: int, rank: int, *, seed: int | None = None) -> None:
         super().__init__()
-        self.vocab_size = vocab_size
+        self.vocab_size = _checks.count("vocab_size", vocab_size, minimum=1)
         rank = _checks.count("rank", rank, minimum=1)
         self.register_buffer("codebook", gaussian_codebook(vocab_size, rank, seed=fresh_seed(seed)))
 
@@ -165,6 +171,7 @@ class DenseRandomCompressor(nn.Module):
     def compress(self, grad_logits: Tensor, targets: Tensor) -> Tensor:
         """Code [..., R] of the error grad_logits [..., V], in its dtype; sums in fp32. The targets are not needed."""
         del targets
+        _checks.compressor_error(grad_logits, self.vocab_size)
         with torch.autocast(grad_logits.device.type, enabled=False):
             error = _plain_error(grad_logits)
             code = error.matmul(self.codebook.to(error.values.dtype))
@@ -189,7 +196,7 @@ class HybridTopKTailSketchCompressor(nn.Module):
     ) -> None:
         super().__init__()
         seed = fresh_seed(seed)
-        self.vocab_size = vocab_size
+        self.vocab_size = _checks.count("vocab_size", vocab_size, minimum=1)
         self.rank_exact = _checks.count("rank_exact", rank_exact, minimum=0)
         self.rank_tail = _checks.count("rank_tail", rank_tail, minimum=0)
         self.topk = _checks.count("topk", topk, minimum=0)
@@ -209,12 +216,14 @@ class HybridTopKTailSketchCompressor(nn.Module):
 
         Negative targets (ignored rows) have a zero error; which token counts as their gold then does not matter.
         """
+        _checks.compressor_error(grad_logits, self.vocab_size)
+        _checks.compressor_targets(targets, grad_logits)
         with torch.autocast(grad_logits.device.type, enabled=False):
             error = _plain_error(grad_logits)
             sketch = sketch_matrix(self.bucket, self.sign, max(self.rank_tail, 1), error.values.dtype)
             code = hybrid_code(
                 error,
-                targets.reshape(-1).long().clamp_min(0),
+                targets.reshape(-1).long().clamp(0, self.vocab_size - 1),
                 exact=self.exact_codes,
                 bucket=self.bucket,
                 sign=self.sign,
@@ -266,7 +275,8 @@ class FactorizedExitHead(nn.Module):
         super().__init__()
         _checks.choice("mode", mode, ("dense", "hybrid"))
         seed = fresh_seed(seed)
-        rank = _checks.rank(rank, d_model)
+        self.vocab_size = _checks.count("vocab_size", vocab_size, minimum=1)
+        rank = _checks.rank(rank, _checks.count("d_model", d_model, minimum=1))
         self.compressor: DenseRandomCompressor | HybridTopKTailSketchCompressor
         if mode == "dense":
             self.compressor = DenseRandomCompressor(vocab_size, rank, seed=seed)
@@ -275,9 +285,8 @@ class FactorizedExitHead(nn.Module):
             self.compressor = HybridTopKTailSketchCompressor(
                 vocab_size, rank_exact=rank_exact, rank_tail=rank - rank_exact, topk=topk, seed=seed
             )
-        self.vocab_size = vocab_size
         self.register_buffer("U", orthonormal_expander(d_model, rank, seed=seed))
-        self.register_buffer("alpha", torch.tensor(float(alpha_init)))
+        self.register_buffer("alpha", torch.tensor(_checks.finite("alpha_init", alpha_init)))
 
     def _apply(self, fn: Any, recurse: bool = True) -> FactorizedExitHead:
         # The gain multiplies everything: it keeps fp32 when the head is converted.
@@ -296,7 +305,7 @@ class FactorizedExitHead(nn.Module):
 
     def forward(self, h: Tensor, shared_weight: Tensor, targets: Tensor) -> Tensor:
         """Logits [..., V] for h [..., D], shared_weight [V, D] and targets [...]."""
-        _checks.shapes(h, shared_weight, targets, None)
+        _checks.head_inputs(h, shared_weight, targets, (self.vocab_size, self.U.shape[0]))
         _checks.reverse_mode(h=h, shared_weight=shared_weight)
         rule, state = self._rule()
         return exit_logits(h, shared_weight, targets, state, self.alpha, rule, product_dtype(h, shared_weight))
@@ -322,7 +331,7 @@ class ExactParallelExitHead(nn.Module):
 
     token_codes: Tensor | None
     Q_base: Tensor | None
-    # Longest nucleus: a longer one is cut at its most probable tokens.
+    # Longest nucleus: a longer one is cut at its most probable tokens, with a warning.
     nucleus_cap = 256
 
     def __init__(
@@ -338,9 +347,10 @@ class ExactParallelExitHead(nn.Module):
     ) -> None:
         super().__init__()
         _checks.choice("mode", mode, ("parallel_only", "parallel_gold", "parallel_topmass"))
-        self.vocab_size = vocab_size
+        self.d_model = _checks.count("d_model", d_model, minimum=1)
+        self.vocab_size = _checks.count("vocab_size", vocab_size, minimum=1)
         self.mode = mode
-        self.residual_lambda = float(residual_lambda)
+        self.residual_lambda = _checks.finite("residual_lambda", residual_lambda)
         self.mass_threshold = _checks.fraction("mass_threshold", mass_threshold)
         token_codes, base = None, None
         if mode != "parallel_only":
@@ -353,7 +363,7 @@ class ExactParallelExitHead(nn.Module):
 
     def forward(self, h: Tensor, shared_weight: Tensor, targets: Tensor) -> Tensor:
         """Logits [..., V] for h [..., D], shared_weight [V, D] and targets [...]."""
-        _checks.shapes(h, shared_weight, targets, None)
+        _checks.head_inputs(h, shared_weight, targets, (self.vocab_size, self.d_model))
         _checks.reverse_mode(h=h, shared_weight=shared_weight)
         residual = {"parallel_only": None, "parallel_gold": "gold", "parallel_topmass": "topmass"}[self.mode]
         rule = _spec(

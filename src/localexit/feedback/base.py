@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from localexit import _checks
 from localexit.feedback.draws import fresh_seed
 
 # Entries of the error are summed in groups of this many when a token is drawn, so that a draw touches one group only.
@@ -168,13 +169,8 @@ class Feedback(nn.Module):
 
     def __init__(self, *, hidden_size: int, vocab_size: int, seed: int | None) -> None:
         super().__init__()
-        if hidden_size < 1 or vocab_size < 1:
-            raise ValueError(
-                f"hidden_size and vocab_size must be at least 1, got hidden_size={hidden_size}, "
-                f"vocab_size={vocab_size}; pass the shape of the unembedding [vocab_size, hidden_size]"
-            )
-        self.hidden_size = hidden_size
-        self.vocab_size = vocab_size
+        self.hidden_size = _checks.count("hidden_size", hidden_size, minimum=1)
+        self.vocab_size = _checks.count("vocab_size", vocab_size, minimum=1)
         self.seed = fresh_seed(seed)
         # Part of the state: draws and anchors after a resume are those of the uninterrupted run.
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))

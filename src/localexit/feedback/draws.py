@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from localexit import _checks
+
 _MASK = 0xFFFFFFFF
 # Odd constants that keep the streams apart; any fixed values do.
 _DRAW_STREAM = 0x2545F491
@@ -27,7 +29,7 @@ def derive_seed(seed: int, stream: str) -> int:
 def fresh_seed(seed: int | None) -> int:
     """`seed` itself, or one drawn from torch's default generator when it is None."""
     if seed is not None:
-        return int(seed)
+        return _checks.integer("seed", seed)
     return int(torch.randint(2**62, ()).item())
 
 

@@ -28,7 +28,7 @@ class _Factorized(Feedback):
     expander: Tensor
 
     def _add_expander(self, rank: int, gain: float) -> None:
-        self.gain = float(gain)
+        self.gain = _checks.finite("gain", gain)
         self.register_buffer("expander", orthonormal_expander(self.hidden_size, rank, seed=self.seed))
 
     def _expand(self, code: Tensor, expander: Tensor) -> Tensor:

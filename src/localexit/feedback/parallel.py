@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -35,29 +36,45 @@ def orthogonal_residual(hidden: Tensor, code: Tensor, base: Tensor) -> Tensor:
     return code @ base.T - direction * (code * overlap).sum(-1, keepdim=True)
 
 
-def nucleus(tokens: Tokens, threshold: float, cap: int) -> tuple[Tensor, Tensor]:
+def nucleus(tokens: Tokens, threshold: float, cap: int) -> tuple[Tensor, Tensor, Tensor]:
     """The smallest set of tokens whose probability reaches `threshold`, the crossing token included.
 
     Returns:
-        ids int64 [n, k] by falling probability with k = min(cap, V), and is_inside bool [n, k].
+        ids int64 [n, k] by falling probability with k = min(cap, V); is_inside bool [n, k]; is_cut bool [n], whether
+        the k tokens do not reach the threshold.
     """
     assert tokens.logits is not None
     assert tokens.log_normaliser is not None
     # A soft cap is monotone: the largest raw logits are the most probable tokens.
-    top = tokens.logits.topk(min(cap, tokens.logits.shape[1]), dim=1)
+    vocab_size = tokens.logits.shape[1]
+    top = tokens.logits.topk(min(cap, vocab_size), dim=1)
     logits = top.values
     if tokens.softcap is not None:
         logits = tokens.softcap * torch.tanh(logits / tokens.softcap)
     probability = (logits - tokens.log_normaliser[:, None]).exp()
-    mass_before = probability.cumsum(1) - probability
-    return top.indices, mass_before < threshold
+    mass = probability.cumsum(1)
+    is_cut = (mass[:, -1] < threshold) & (cap < vocab_size)
+    return top.indices, mass - probability < threshold, is_cut
 
 
 def topmass_code(error: Error, tokens: Tokens, codes: Tensor, *, threshold: float, cap: int) -> Tensor:
     """Σ_{v in S} e[v] q_v over S = gold ∪ nucleus, each token once: [n, R]."""
-    ids, is_inside = nucleus(tokens, threshold, cap)
+    ids, is_inside, is_cut = nucleus(tokens, threshold, cap)
+    if not is_cut.is_cuda:
+        # Looking costs a synchronisation on a GPU.
+        _warn_if_cut(is_cut & (error.scale != 0), cap)
     entries = error.gather(ids) * (is_inside & (ids != tokens.target[:, None]))
     return gold_code(error, tokens, codes) + weighted_rows(ids, entries, codes)
+
+
+def _warn_if_cut(is_cut: Tensor, cap: int) -> None:
+    if bool(is_cut.any()):
+        warnings.warn(
+            f"the nucleus of some tokens is longer than nucleus_cap={cap} and was cut at its most probable tokens; "
+            f"raise nucleus_cap or lower mass_threshold",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def gold_code(error: Error, tokens: Tokens, codes: Tensor) -> Tensor:
@@ -83,7 +100,8 @@ class ExactParallel(Feedback):
         residual_rank: R, 1 ≤ R ≤ D; default min(32, D).
         residual_gain: λ, size of the residual.
         mass_threshold: probability the nucleus must reach, in (0, 1].
-        nucleus_cap: most tokens a nucleus may have; a longer one is cut at its most probable tokens.
+        nucleus_cap: most tokens a nucleus may have; a longer one is cut at its most probable tokens, and on the CPU a
+            warning says so.
         seed: seed of the codes; None draws one from torch's default generator.
 
     Raises:
@@ -112,7 +130,7 @@ class ExactParallel(Feedback):
         _checks.choice("residual", residual, (None, *get_args(Residual)))
         self.residual = residual
         self.name = "parallel" if residual is None else f"parallel_{residual}"
-        self.residual_gain = float(residual_gain)
+        self.residual_gain = _checks.finite("residual_gain", residual_gain)
         self.mass_threshold = _checks.fraction("mass_threshold", mass_threshold)
         self.nucleus_cap = _checks.count("nucleus_cap", nucleus_cap, minimum=1)
         rank = 0 if residual is None else _checks.rank(residual_rank, hidden_size, "residual_rank", default=32)
