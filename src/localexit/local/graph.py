@@ -38,25 +38,31 @@ def reached(tensors: Iterable[Tensor], *, stop: Collection[Any] = ()) -> tuple[l
     return list(leaves.values()), meets_stop
 
 
+def origin(tensor: Tensor) -> Any:
+    """What tells a tensor in a graph from others, whether it is a leaf or computed."""
+    return id(tensor) if tensor.grad_fn is None else tensor.grad_fn
+
+
 class UnitGraph:
     """Keeps the autograd graph of one unit's forward apart from everything that other units train.
 
     Args:
         names: name of each of the model's parameters by `id`, for the messages.
         own: `id` of the parameters in the unit's blocks.
+        in_blocks: `id` of the parameters in any block.
         foreign: `id` of the parameters that this unit's loss must not reach.
     """
 
-    def __init__(self, *, names: Mapping[int, str], own: set[int], foreign: set[int]) -> None:
+    def __init__(self, *, names: Mapping[int, str], own: set[int], in_blocks: set[int], foreign: set[int]) -> None:
         self.names = names
         self.own = own
+        self.in_blocks = in_blocks
         self.foreign = foreign
         self._outputs: set[Any] = set()
-        self.cut_off: dict[int, Tensor] = {}
+        self._cut_off: list[Tensor] = []
 
     def enter(self, value: Any) -> Any:
         """Arguments of the unit's first block: nothing with a graph belongs to the unit, so all of it is detached."""
-        self._outputs.clear()
         return replace_tensors(value, self._cut)
 
     def keep_own(self, value: Any) -> Any:
@@ -74,9 +80,19 @@ class UnitGraph:
     def leave(self) -> None:
         """Forget the unit's graph, so that its activations can be freed."""
         self._outputs.clear()
+        self._cut_off.clear()
 
-    def check(self, hidden: Tensor, blocks: Sequence[tuple[str, nn.Module]]) -> list[Tensor]:
-        """The leaves of the unit's hidden, after checking that they are the unit's and that every block has some.
+    def untrained(self, first_inputs: Collection[Any]) -> list[str]:
+        """Parameters that reach this unit from outside of the blocks by tensors which the first unit does not get.
+
+        Args:
+            first_inputs: `origin` of the first unit's arguments.
+        """
+        leaves, _ = reached(tensor for tensor in self._cut_off if origin(tensor) not in first_inputs)
+        return [self.names[id(leaf)] for leaf in leaves if id(leaf) in self.names and id(leaf) not in self.in_blocks]
+
+    def check(self, hidden: Tensor, blocks: Sequence[tuple[str, nn.Module]]) -> None:
+        """Check that the unit's hidden depends on the unit's parameters, on some of every block, and on no others.
 
         Raises:
             ValueError: the loss of this unit would train another one's parameters, or leave its own blocks untrained.
@@ -100,7 +116,6 @@ class UnitGraph:
                     f"the block's parameters; is the block run under no_grad or reentrant checkpointing, or "
                     f"its output replaced?"
                 )
-        return leaves
 
     def _cut_foreign(self, tensor: Tensor) -> Tensor:
         if not tensor.requires_grad or tensor.grad_fn in self._outputs:
@@ -118,7 +133,7 @@ class UnitGraph:
 
     def _cut(self, tensor: Tensor) -> Tensor:
         if tensor.requires_grad:
-            self.cut_off.update((id(leaf), leaf) for leaf in reached([tensor])[0])
+            self._cut_off.append(tensor)
         return detach_tensor(tensor)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from localexit.local.exits import Exit
-from localexit.local.graph import UnitGraph
+from localexit.local.graph import UnitGraph, origin
 from localexit.local.steps import Step, StreamStep
 from localexit.local.trees import detach_tensor, first_tensor, replace_tensors, tensors_requiring_grad
 from localexit.local.units import Unit
@@ -52,7 +52,7 @@ class BlockHooks:
         self._step: Step | None = None
         self._is_done = False
         self._is_checked = False
-        self._first_unit_leaves: set[int] = set()
+        self._first_inputs: set[Any] = set()
         self._handles = [
             # Not at the end of the block itself: other hooks on it must run.
             *(module.register_forward_pre_hook(self._stop, prepend=True) for module in (*blocks, after_blocks)),
@@ -85,6 +85,7 @@ class BlockHooks:
             )
         finally:
             self._step, self._is_done = None, False
+            self._first_inputs.clear()
             for graph in self._graphs:
                 graph.leave()
 
@@ -103,6 +104,8 @@ class BlockHooks:
             return None
         self._refuse_recomputation(step)
         if unit.index == 0:
+            if not self._is_checked:
+                self._first_inputs.update(map(origin, tensors_requiring_grad((args, kwargs))))
             return None
         graph = self._graphs[unit.index]
         separate = graph.enter if index == unit.block_indices[0] else graph.keep_own
@@ -127,17 +130,13 @@ class BlockHooks:
     def _check(self, unit: Unit, hidden: Tensor) -> None:
         """In the first training step: does this unit's loss train its own blocks, and nothing else?"""
         graph = self._graphs[unit.index]
-        leaves = {id(leaf) for leaf in graph.check(hidden, [self._blocks[index] for index in unit.block_indices])}
-        if unit.index == 0:
-            self._graphs[0].cut_off.clear()
-            self._first_unit_leaves = leaves
-        lost = [graph.names.get(id(leaf)) for leaf in graph.cut_off.values() if id(leaf) not in self._first_unit_leaves]
-        names = [name for name in lost if name is not None]
+        graph.check(hidden, [self._blocks[index] for index in unit.block_indices])
+        names = graph.untrained(self._first_inputs)
         if names:
             warnings.warn(
-                f"{', '.join(names)} reach only blocks after the first unit, from outside of them: such "
-                f"parameters belong to the first unit, whose loss does not depend on them, so they get no "
-                f"gradient. Move them into a block",
+                f"{', '.join(names)} reach {self._blocks[unit.block_indices[0]][0]} or a later block of its unit by "
+                f"tensors that the first unit does not get. What lies outside of the blocks belongs to the first "
+                f"unit, so nothing trains it by this way; to train it here, move it into a block",
                 UserWarning,
                 stacklevel=2,
             )
@@ -158,6 +157,9 @@ def unit_graphs(model: nn.Module, blocks: Sequence[nn.Module], units: Sequence[U
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     own = [{id(p) for index in unit.block_indices for p in blocks[index].parameters()} for unit in units]
-    in_later_blocks = set().union(*own[1:]) - own[0]
-    foreign = [in_later_blocks, *(set(names) - mine for mine in own[1:])]
-    return [UnitGraph(names=names, own=mine, foreign=other) for mine, other in zip(own, foreign, strict=True)]
+    in_blocks = set().union(*own)
+    foreign = [in_blocks - own[0], *(set(names) - mine for mine in own[1:])]
+    return [
+        UnitGraph(names=names, own=mine, in_blocks=in_blocks, foreign=other)
+        for mine, other in zip(own, foreign, strict=True)
+    ]
