@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from localexit import _checks
 from localexit.exits.functional import Backend, Reduction, exit_cross_entropy, product_dtype
 from localexit.exits.head_operators import exit_logits
-from localexit.feedback.base import Error, Feedback
+from localexit.feedback.base import Error, Feedback, spec_text
 from localexit.feedback.codes import (
     count_sketch,
     gaussian_codebook,
@@ -233,10 +233,6 @@ class HybridTopKTailSketchCompressor(nn.Module):
         return code.reshape(*grad_logits.shape[:-1], -1).to(grad_logits.dtype)
 
 
-def _spec(rule: str, name: str, **options: Any) -> str:
-    return repr({"rule": rule, "name": name, **options})
-
-
 class FactorizedExitHead(nn.Module):
     """Drop-in head with fixed random codes: `head(h, shared_weight, targets) -> logits` [B, T, V].
 
@@ -298,10 +294,10 @@ class FactorizedExitHead(nn.Module):
     def _rule(self) -> tuple[str, list[Tensor]]:
         options: dict[str, Any] = {"gain": 1.0}
         if isinstance(self.compressor, DenseRandomCompressor):
-            return _spec("Dense", "dense", **options), [self.compressor.codebook, self.U]
+            return spec_text("Dense", name="dense", **options), [self.compressor.codebook, self.U]
         codes = self.compressor
         options |= {"topk": codes.topk, "rank_tail": codes.rank_tail}
-        return _spec("Hybrid", "hybrid", **options), [codes.exact_codes, codes.bucket, codes.sign, self.U]
+        return spec_text("Hybrid", name="hybrid", **options), [codes.exact_codes, codes.bucket, codes.sign, self.U]
 
     def forward(self, h: Tensor, shared_weight: Tensor, targets: Tensor) -> Tensor:
         """Logits [..., V] for h [..., D], shared_weight [V, D] and targets [...]."""
@@ -366,9 +362,9 @@ class ExactParallelExitHead(nn.Module):
         _checks.head_inputs(h, shared_weight, targets, (self.vocab_size, self.d_model))
         _checks.reverse_mode(h=h, shared_weight=shared_weight)
         residual = {"parallel_only": None, "parallel_gold": "gold", "parallel_topmass": "topmass"}[self.mode]
-        rule = _spec(
+        rule = spec_text(
             "ExactParallel",
-            self.mode,
+            name=self.mode,
             residual=residual,
             residual_gain=self.residual_lambda,
             mass_threshold=self.mass_threshold,

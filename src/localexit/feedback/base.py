@@ -27,6 +27,17 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def spec_text(rule: str, **options: str | float | bool | None) -> str:
+    """A rule's class and options as text, read by `registry.from_spec`.
+
+    A Python literal and not JSON, whose encoder torch.compile cannot trace; floats in hexadecimal, which is exact, and
+    makes a constant of a number that a compilation with dynamic=True took for a variable.
+    """
+    floats = {key: value.hex() for key, value in options.items() if isinstance(value, float)}
+    others = {key: value for key, value in options.items() if key not in floats}
+    return repr((rule, others, floats))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Error:
     """View of the error e [n, V] of one chunk: `e = scale[:, None] * values`.
@@ -193,6 +204,14 @@ class Feedback(nn.Module):
         """End of an optimiser step: call once, after every exit of the step has used the rule."""
         self.step += 1
 
+    def get_extra_state(self) -> Tensor:
+        """The seed, as part of the state_dict: a rule made with another seed continues with the saved one's draws."""
+        return torch.tensor(self.seed)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the seed of a state_dict."""
+        self.seed = int(state)
+
     def state(self, weight: Tensor) -> list[Tensor]:
         """The tensors the rule computes from, in the order of `codes`; only `needs_weight` makes `weight` one."""
         if self.needs_weight:
@@ -201,9 +220,7 @@ class Feedback(nn.Module):
 
     def spec(self) -> str:
         """The rule without its tensors, as text: what a custom operator can carry."""
-        values = {name: getattr(self, name) for name in self.options}
-        # A Python literal and not JSON, whose encoder torch.compile cannot trace.
-        return repr({"rule": type(self).__name__, "name": self.name, **values})
+        return spec_text(type(self).__name__, name=self.name, **{name: getattr(self, name) for name in self.options})
 
     def extra_repr(self) -> str:
         shown = {"hidden_size": self.hidden_size, "vocab_size": self.vocab_size}

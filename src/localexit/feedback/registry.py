@@ -132,5 +132,5 @@ def make_feedback(name: str, hidden_size: int, vocab_size: int, *, seed: int | N
 
 def from_spec(spec: str, state: Sequence[Tensor]) -> Feedback:
     """The rule that `Feedback.spec()` and `Feedback.state()` describe, around the same tensors."""
-    options = ast.literal_eval(spec)
-    return _CLASSES[options.pop("rule")]._bare(options, state)
+    rule, options, floats = ast.literal_eval(spec)
+    return _CLASSES[rule]._bare(options | {key: float.fromhex(text) for key, text in floats.items()}, state)
