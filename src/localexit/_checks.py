@@ -37,6 +37,13 @@ def integer(name: str, value: Any) -> int:
     return int(value)
 
 
+def seed(value: Any) -> int:
+    """A seed that fits into 64 bits, so that it can be saved as a tensor."""
+    if not -(2**63) <= integer("seed", value) < 2**63:
+        raise ValueError(f"seed must be a 64-bit integer, got {value}")
+    return int(value)
+
+
 def _number(name: str, value: Any, expected: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {expected}, got {value!r}")

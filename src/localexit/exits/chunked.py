@@ -290,7 +290,7 @@ class _Loop:
             weighted_loss=self.scale * loss,
             lse=masked(self.lse),
             log_prob=masked(self.log_prob),
-            argmax=self.argmax,
+            argmax=masked(self.argmax),
             entropy=masked(self.entropy),
             is_bad=self.is_bad,
             feedback=self.feedback,

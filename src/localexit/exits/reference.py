@@ -164,7 +164,8 @@ def _with_residual(rule: Any, case: _Case, chosen: Callable[[int], set[int]]) ->
             continue
         unit = h / h.norm()
         projected = base - torch.outer(unit, unit @ base)
-        projected = projected / projected.norm(dim=0, keepdim=True)
+        # Of a column along h nothing is left: it stays (nearly) zero.
+        projected = projected / projected.norm(dim=0, keepdim=True).clamp_min(1e-4)
         code = sum(case.e[i, v] * rule.token_codes[v].double() for v in chosen(i))
         f[i] += rule.residual_gain * projected @ code
     return f

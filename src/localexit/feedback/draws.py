@@ -29,7 +29,7 @@ def derive_seed(seed: int, stream: str) -> int:
 def fresh_seed(seed: int | None) -> int:
     """`seed` itself, or one drawn from torch's default generator when it is None."""
     if seed is not None:
-        return _checks.integer("seed", seed)
+        return _checks.seed(seed)
     return int(torch.randint(2**62, ()).item())
 
 
