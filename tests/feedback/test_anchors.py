@@ -1,0 +1,100 @@
+"""Eq. (10): the exact gradient projected on the span of the anchors, from forward measurements."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.budget import assert_close
+from helpers.cases import make_inputs, run, small_rule
+from helpers.direct import apply, signed_error
+from localexit.feedback.draws import choose_rows
+from localexit.feedback.ridge import ridge_rows
+
+
+def chosen(num: int, rows: int, seed: int = 3) -> Tensor:
+    return choose_rows(seed, torch.tensor(0), 0, torch.ones(rows, dtype=torch.bool), num)
+
+
+@pytest.mark.parametrize("num_anchors", [1, 4, 9, 20], ids=["one", "fewer_than_D", "as_many_as_D", "more_than_D"])
+@pytest.mark.parametrize("ridge", [1e-3, 0.5])
+def test_ridge_formula(num_anchors: int, ridge: float) -> None:
+    inputs = make_inputs(25, 9, 40)
+    values = signed_error(inputs)
+    h_m = inputs.hidden[chosen(num_anchors, 25)]
+    gram = h_m @ h_m.T
+    shifted = gram + ridge * gram.diagonal().mean() * torch.eye(num_anchors, dtype=torch.float64)
+    expected = values @ (h_m @ inputs.weight.T).T @ torch.linalg.inv(shifted) @ h_m
+    rule = small_rule("anchors", 9, 40, num_anchors=num_anchors, ridge=ridge)
+    assert_close(apply(rule, values, inputs), expected, tolerance=1e-9)
+
+
+def test_without_ridge_it_is_the_projection_of_the_exact_gradient() -> None:
+    inputs = make_inputs(25, 9, 40)
+    values = signed_error(inputs)
+    h_m = inputs.hidden[chosen(4, 25)]
+    projector = torch.linalg.pinv(h_m) @ h_m
+    feedback = apply(small_rule("anchors", 9, 40, ridge=0.0), values, inputs)
+    assert_close(feedback, values @ inputs.weight @ projector, tolerance=1e-9)
+
+
+def test_the_own_token_alone_is_the_parallel_rule() -> None:
+    """M = 1, λ → 0: eq. (8)."""
+    inputs = make_inputs(1, 9, 40)
+    values = signed_error(inputs)
+    anchors = apply(small_rule("anchors", 9, 40, num_anchors=1, ridge=0.0), values, inputs)
+    assert_close(anchors, apply(small_rule("parallel", 9, 40), values, inputs), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("num_anchors", [9, 20])
+def test_as_many_anchors_as_the_width_are_exact(num_anchors: int) -> None:
+    inputs = make_inputs(25, 9, 40)
+    values = signed_error(inputs)
+    rule = small_rule("anchors", 9, 40, num_anchors=num_anchors, ridge=0.0)
+    assert_close(apply(rule, values, inputs), values @ inputs.weight, tolerance=1e-8)
+
+
+def test_error_falls_with_the_ridge() -> None:
+    inputs = make_inputs(25, 9, 40)
+    values = signed_error(inputs)
+    exact = values @ inputs.weight
+    errors = [
+        float((apply(small_rule("anchors", 9, 40, num_anchors=20, ridge=ridge), values, inputs) - exact).norm())
+        for ridge in (1e-1, 1e-3, 1e-5)
+    ]
+    assert errors[0] > 10 * errors[1] > 100 * errors[2]
+
+
+def test_anchors_are_tokens_that_count() -> None:
+    """Hidden states of ignored tokens change nothing, whatever they hold."""
+    inputs = make_inputs(9, 5, 40, ignored=4)
+    rule = small_rule("anchors", 5, 40, num_anchors=7)
+    feedback = run(inputs, rule).feedback
+    inputs.hidden[inputs.target == -100] = 1e30
+    assert torch.equal(run(inputs, rule).feedback, feedback)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(4, 9), (9, 9), (20, 9), (1, 1)])
+def test_ridge_rows_solves_the_smaller_system_of_two(rows: int, width: int) -> None:
+    hidden = torch.randn(rows, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shift = 0.1 * hidden.square().sum() / rows
+    by_rows = torch.linalg.solve(hidden @ hidden.T + shift * torch.eye(rows, dtype=torch.float64), hidden)
+    by_columns = hidden @ torch.linalg.inv(hidden.T @ hidden + shift * torch.eye(width, dtype=torch.float64))
+    actual = ridge_rows(hidden, torch.tensor(rows), 0.1)
+    assert_close(actual, by_rows, tolerance=1e-9)
+    assert_close(actual, by_columns, tolerance=1e-9)
+
+
+def test_ridge_rows_leaves_out_rows_of_zero() -> None:
+    hidden = torch.randn(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hidden[[1, 4]] = 0
+    is_counted = hidden.any(1)
+    actual = ridge_rows(hidden, torch.tensor(4), 0.1)
+    assert not actual[~is_counted].any()
+    assert_close(actual[is_counted], ridge_rows(hidden[is_counted], torch.tensor(4), 0.1))
+
+
+def test_ridge_rows_of_nothing_is_zero() -> None:
+    for ridge in (0.0, 0.1):
+        assert torch.equal(ridge_rows(torch.zeros(3, 5), torch.tensor(0), ridge), torch.zeros(3, 5))

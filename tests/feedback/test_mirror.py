@@ -1,0 +1,219 @@
+"""Eq. (11): the mirror starts at zero, learns from forward pairs, only in update(), and converges to the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from helpers.budget import assert_close
+from helpers.cases import Inputs, make_inputs, run
+from localexit import ExitHead, WeightMirror, WeightTransport, exit_cross_entropy, exit_step
+from localexit.feedback.draws import choose_rows
+
+WIDTH, VOCAB = 9, 40
+
+
+def mirror(**options: object) -> WeightMirror:
+    return WeightMirror(WIDTH, VOCAB, **{"num_pairs": 4, "seed": 3, **options}).double()  # type: ignore[arg-type]
+
+
+def forward(inputs: Inputs, rule: WeightMirror, exit_index: int = 0) -> Tensor:
+    loss = exit_cross_entropy(
+        inputs.hidden.requires_grad_(),
+        inputs.weight,
+        inputs.target,
+        feedback=rule,
+        linear_bias=inputs.bias,
+        exit_index=exit_index,
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def delta_rule(rows: Tensor, hidden: Tensor, logits: Tensor, ridge: float = 1e-2) -> Tensor:
+    """Eq. (11) as it is written."""
+    gram = hidden @ hidden.T
+    shifted = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return rows + (logits - hidden @ rows.T).T @ torch.linalg.inv(shifted) @ hidden
+
+
+def chosen(inputs: Inputs, rule: WeightMirror, exit_index: int = 0) -> Tensor:
+    rows = choose_rows(rule.seed, rule.step, exit_index, inputs.target != -100, rule.num_pairs)
+    return rows[inputs.target[rows] != -100]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_starts_at_zero_and_feeds_nothing_back(sampled: bool) -> None:
+    rule = mirror(sampled=sampled)
+    assert not rule.rows.any()
+    assert not run(make_inputs(7, WIDTH, VOCAB), rule).feedback.any()
+
+
+@pytest.mark.parametrize("ignored", [0, 5], ids=["enough_tokens", "fewer_tokens_than_pairs"])
+def test_one_update_is_equation_11_on_the_tokens_that_count(ignored: int) -> None:
+    inputs, rule = make_inputs(7, WIDTH, VOCAB, ignored=ignored), mirror()
+    rule.rows.normal_(generator=torch.Generator().manual_seed(0))
+    hidden = inputs.hidden[chosen(inputs, rule)]
+    assert len(hidden) == min(4, 7 - ignored)
+    expected = delta_rule(rule.rows.clone(), hidden, hidden @ inputs.weight.T)
+    forward(inputs, rule)
+    rule.update()
+    assert_close(rule.rows, expected, tolerance=1e-9)
+
+
+def test_the_bias_is_not_part_of_what_it_learns() -> None:
+    inputs = make_inputs(7, WIDTH, VOCAB, bias=True)
+    with_bias, without = mirror(), mirror()
+    forward(inputs, with_bias)
+    forward(replace(inputs, bias=None), without)
+    for rule in (with_bias, without):
+        rule.update()
+    assert with_bias.rows.any()
+    assert torch.equal(with_bias.rows, without.rows)
+
+
+def test_the_pairs_of_all_exits_are_used() -> None:
+    rule = mirror()
+    exits = [make_inputs(7, WIDTH, VOCAB, seed=seed) for seed in (1, 2, 3)]
+    hidden = torch.cat([inputs.hidden[chosen(inputs, rule, i)] for i, inputs in enumerate(exits)])
+    shared = [replace(inputs, weight=exits[0].weight) for inputs in exits]
+    expected = delta_rule(rule.rows.clone(), hidden, hidden @ exits[0].weight.T)
+    for i, inputs in reversed(list(enumerate(shared))):
+        forward(inputs, rule, i)
+    rule.update()
+    assert_close(rule.rows, expected, tolerance=1e-8)
+
+
+def test_learns_in_update_alone_and_from_each_pair_once() -> None:
+    inputs, rule = make_inputs(7, WIDTH, VOCAB), mirror()
+    forward(inputs, rule).backward()
+    assert not rule.rows.any()
+    rule.update()
+    learned = rule.rows.clone()
+    assert learned.any()
+    rule.update()
+    assert torch.equal(rule.rows, learned)
+
+
+def in_eval(inputs: Inputs, rule: WeightMirror) -> None:
+    rule.eval()
+    forward(inputs, rule).backward()
+    rule.train()
+
+
+def without_grad(inputs: Inputs, rule: WeightMirror) -> None:
+    with torch.no_grad():
+        forward(inputs, rule)
+
+
+def in_inference_mode(inputs: Inputs, rule: WeightMirror) -> None:
+    with torch.inference_mode():
+        exit_cross_entropy(inputs.hidden, inputs.weight, inputs.target, feedback=rule)
+
+
+def step_in_eval(inputs: Inputs, rule: WeightMirror) -> None:
+    rule.eval()
+    exit_step(inputs.hidden, inputs.weight, inputs.target, feedback=rule)
+    rule.train()
+
+
+@pytest.mark.parametrize("use", [in_eval, without_grad, in_inference_mode, step_in_eval])
+def test_outside_of_training_nothing_is_collected(use: Callable[[Inputs, WeightMirror], None]) -> None:
+    inputs, rule = make_inputs(7, WIDTH, VOCAB), mirror()
+    use(inputs, rule)
+    rule.update()
+    assert not rule.rows.any()
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True])
+@pytest.mark.parametrize("num_exits", [1, 2])
+def test_recomputation_changes_nothing(num_exits: int, is_reentrant: bool) -> None:
+    inputs = make_inputs(7, WIDTH, VOCAB)
+    plain, recomputed = mirror(), mirror()
+    for exit_index in range(num_exits):
+        forward(inputs, plain, exit_index).backward()
+
+        def segment(hidden: Tensor, index: int = exit_index) -> Tensor:
+            return forward(replace(inputs, hidden=hidden), recomputed, index)
+
+        checkpoint(segment, inputs.hidden, use_reentrant=is_reentrant).backward()
+    for rule in (plain, recomputed):
+        rule.update()
+    assert plain.rows.any()
+    assert torch.equal(plain.rows, recomputed.rows)
+
+
+def test_exit_step_collects_the_same_pairs() -> None:
+    inputs, by_autograd, by_step = make_inputs(7, WIDTH, VOCAB), mirror(), mirror()
+    forward(inputs, by_autograd)
+    exit_step(inputs.hidden, inputs.weight, inputs.target, feedback=by_step)
+    for rule in (by_autograd, by_step):
+        rule.update()
+    assert by_step.rows.any()
+    assert torch.equal(by_step.rows, by_autograd.rows)
+
+
+def test_autocast_does_not_round_what_it_learns() -> None:
+    inputs = make_inputs(7, WIDTH, VOCAB).to(torch.float32)
+    plain, cast = (WeightMirror(WIDTH, VOCAB, num_pairs=4, seed=3) for _ in range(2))
+    forward(inputs, plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        forward(inputs, cast)
+    for rule in (plain, cast):
+        rule.update()
+    assert plain.rows.any()
+    assert torch.equal(cast.rows, plain.rows)
+
+
+@pytest.mark.parametrize("num_pairs", [3, 9, 20], ids=["fewer_than_D", "as_many_as_D", "more_than_D"])
+def test_converges_to_a_fixed_weight(num_pairs: int) -> None:
+    weight = make_inputs(1, WIDTH, VOCAB).weight
+    rule = mirror(num_pairs=num_pairs)
+    distances = [1.0]
+    for seed in range(60):
+        inputs = replace(make_inputs(20, WIDTH, VOCAB, seed=seed), weight=weight)
+        forward(inputs, rule)
+        rule.update()
+        distances.append(float((rule.rows - weight).norm() / weight.norm()))
+    assert all(after <= before + 1e-12 for before, after in pairwise(distances))
+    assert distances[-1] < 1e-3
+    inputs = replace(make_inputs(7, WIDTH, VOCAB), weight=weight)
+    exact = run(inputs, WeightTransport(WIDTH, VOCAB)).feedback
+    assert_close(run(inputs, rule).feedback, exact, tolerance=1e-2)
+
+
+def test_follows_a_weight_that_moves() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = make_inputs(1, WIDTH, VOCAB).weight
+    rule = mirror(num_pairs=9)
+    for seed in range(60):
+        inputs = replace(make_inputs(20, WIDTH, VOCAB, seed=seed), weight=weight)
+        forward(inputs, rule)
+        rule.update()
+        weight = weight + 0.003 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    assert float((rule.rows - weight).norm() / weight.norm()) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pairs_in_low_precision_are_solved_in_fp32(dtype: torch.dtype) -> None:
+    inputs = make_inputs(20, WIDTH, VOCAB).to(dtype)
+    rule = WeightMirror(WIDTH, VOCAB, num_pairs=20)
+    for _ in range(5):
+        forward(inputs, rule)
+        rule.update()
+    assert rule.rows.dtype == torch.float32
+    assert float((rule.rows - inputs.weight.float()).norm() / inputs.weight.float().norm()) < 0.05
+
+
+def test_a_head_passes_update_on() -> None:
+    head = ExitHead(WIDTH, VOCAB, feedback=mirror())
+    head.double()(torch.randn(5, WIDTH, dtype=torch.float64), torch.arange(5)).backward()
+    head.update()
+    assert head.feedback.rows.any()
+    assert int(head.feedback.step) == 1

@@ -1,0 +1,68 @@
+"""The rules by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from helpers.cases import RULES, SMALL
+from localexit import feedback_names, make_feedback
+from localexit.exits.reference import _EQUATIONS
+from localexit.feedback import RULES as TABLE
+from localexit.feedback import feedback_options
+
+
+def test_names() -> None:
+    assert feedback_names() == (
+        "dense",
+        "sketch",
+        "hybrid",
+        "parallel",
+        "parallel_gold",
+        "parallel_topmass",
+        "anchors",
+        "mirror",
+        "mirror_sampled",
+        "transport",
+        "transport_sampled",
+    )
+
+
+def test_every_rule_has_an_equation_in_the_oracle() -> None:
+    assert set(_EQUATIONS) == set(feedback_names())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_is_called_what_it_was_asked_for(name: str) -> None:
+    assert make_feedback(name, 40, 11).name == name
+    assert TABLE[name].equation
+    assert TABLE[name].cost
+    assert TABLE[name].state
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_option_has_an_effect(name: str) -> None:
+    """No option is taken and not applied: each one listed changes an attribute or a buffer of the rule."""
+    for option in feedback_options(name):
+        default, other = make_feedback(name, 40, 11), make_feedback(name, 40, 11, **{option: changed(option)})
+        shapes = [{key: tuple(b.shape) for key, b in rule.named_buffers()} for rule in (default, other)]
+        assert shapes[0] != shapes[1] or getattr(default, option) != getattr(other, option), option
+
+
+def changed(option: str) -> float:
+    fractions = {"gain": 0.5, "residual_gain": 0.5, "mass_threshold": 0.5, "ridge": 0.5}
+    return fractions.get(option, 7)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_only_transport_declares_the_weight(name: str) -> None:
+    assert make_feedback(name, 9, 11).needs_weight == name.startswith("transport")
+
+
+@pytest.mark.parametrize(("name", "option"), [("parallel", "residual"), ("mirror", "sampled"), ("transport", "topk")])
+def test_options_the_name_decides_are_refused(name: str, option: str) -> None:
+    with pytest.raises(ValueError, match=f"option '{option}' is not one of '{name}'"):
+        make_feedback(name, 9, 11, **{option: 1})
+
+
+def test_the_small_rules_of_the_tests_cover_all() -> None:
+    assert tuple(SMALL) == feedback_names()

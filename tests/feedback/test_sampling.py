@@ -1,0 +1,102 @@
+"""Eq. (12): few rows instead of all, and on average the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.budget import assert_close
+from helpers.cases import Inputs, make_inputs, small_rule
+from helpers.direct import apply, cross_entropy_error, signed_error
+from localexit.feedback import Error
+
+
+def rows_of(name: str, inputs: Inputs) -> Tensor:
+    return inputs.weight if name.startswith("transport") else small_rule(name, 9, inputs.vocab).rows.double()
+
+
+@pytest.mark.parametrize("make_error", [cross_entropy_error, signed_error])
+@pytest.mark.parametrize("name", ["mirror_sampled", "transport_sampled"])
+def test_unbiased_over_steps(name: str, make_error: object) -> None:
+    """The mean over steps is within its standard error of e · rows, coordinate by coordinate."""
+    inputs = make_inputs(6, 9, 140)
+    values = make_error(inputs)  # type: ignore[operator]
+    rule = small_rule(name, 9, 140)
+    samples = []
+    for _ in range(400):
+        samples.append(apply(rule, values, inputs))
+        rule.step += 1
+    feedback = torch.stack(samples)
+    exact = values @ rows_of(name, inputs)
+    score = (feedback.mean(0) - exact) / (feedback.std(0) / len(samples) ** 0.5)
+    assert float(feedback.std(0).min()) > 0
+    assert float(score.square().mean()) == pytest.approx(1, abs=0.6)
+    assert float(score.abs().max()) < 4.5
+
+
+def test_more_draws_have_less_variance() -> None:
+    inputs = make_inputs(6, 9, 140)
+    values = signed_error(inputs)
+    spread = []
+    for num_draws in (4, 64):
+        rule = small_rule("transport_sampled", 9, 140, num_draws=num_draws)
+        samples = []
+        for _ in range(60):
+            samples.append(apply(rule, values, inputs))
+            rule.step += 1
+        spread.append(float(torch.stack(samples).var(0).mean()))
+    assert spread[0] / spread[1] == pytest.approx(16, rel=0.35)
+
+
+@pytest.mark.parametrize("topk", [139, 200])
+def test_all_tokens_kept_is_exact(topk: int) -> None:
+    inputs = make_inputs(6, 9, 140)
+    values = signed_error(inputs)
+    rule = small_rule("transport_sampled", 9, 140, topk=topk)
+    assert_close(apply(rule, values, inputs), values @ inputs.weight, tolerance=1e-12)
+
+
+def grid(num: int) -> Tensor:
+    """Uniforms from 0 to just below 1, both ends included."""
+    inner = torch.arange(num - 1, dtype=torch.float32) / (num - 1)
+    return torch.cat([inner, torch.tensor([1 - 2**-24])])[None]
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 127, 128, 129, 300])
+def test_a_draw_never_hits_what_is_excluded_or_has_no_error(vocab: int) -> None:
+    values = torch.randn(1, vocab, generator=torch.Generator().manual_seed(1))
+    values[:, ::3] = 0
+    exclude = torch.tensor([[0, vocab - 1]])
+    ids, weights = Error(values=values, scale=torch.ones(1)).sample(grid(500), exclude)
+    assert ids.shape == weights.shape == (1, 500)
+    assert 0 <= int(ids.min()) <= int(ids.max()) < vocab
+    hit = ids[weights != 0]
+    assert values[0, hit].all()
+    assert not torch.isin(hit, exclude).any()
+
+
+def test_draws_are_in_proportion_to_the_magnitude() -> None:
+    values = torch.randn(1, 300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    exclude = torch.tensor([[7, 200]])
+    ids, weights = Error(values=values, scale=torch.ones(1, dtype=torch.float64)).sample(grid(200_000), exclude)
+    mass = values[0].abs().index_fill(0, exclude[0], 0)
+    share = torch.bincount(ids[0], minlength=300) / ids.shape[1]
+    assert float((share - mass / mass.sum()).abs().max()) < 2e-5
+    assert torch.equal(weights[0].sign(), values[0, ids[0]].sign())
+    assert float(weights[0].abs().max()) == pytest.approx(float(mass.sum()) / 200_000, rel=1e-12)
+
+
+def test_without_a_tail_nothing_is_drawn() -> None:
+    values = torch.tensor([[0.0, 2.0, 0.0]])
+    _, weights = Error(values=values, scale=torch.ones(1)).sample(grid(50), torch.tensor([[1]]))
+    assert not weights.any()
+
+
+def test_the_scale_of_a_row_is_not_part_of_the_draw() -> None:
+    values = torch.randn(2, 50, generator=torch.Generator().manual_seed(1))
+    uniforms, exclude = torch.rand(2, 9, generator=torch.Generator().manual_seed(2)), torch.tensor([[0], [1]])
+    ids, weights = Error(values=values, scale=torch.tensor([1.0, 1.0])).sample(uniforms, exclude)
+    scaled_ids, scaled = Error(values=values, scale=torch.tensor([-2.0, 0.0])).sample(uniforms, exclude)
+    assert torch.equal(ids, scaled_ids)
+    assert torch.equal(scaled, weights * torch.tensor([[-2.0], [0.0]]))
