@@ -189,3 +189,22 @@ def test_rules_by_name_get_the_unembeddings_sizes_and_the_seed() -> None:
     expected = make_feedback("dense", WIDTH, VOCAB, seed=4)
     assert torch.equal(local.feedback.codebook, expected.codebook)
     assert localexit.attach is attach
+
+
+# The compiler looks at the gradients of all tensors it is given.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_blocks_give_the_same_gradients(mode: str) -> None:
+    """Compiled with their hooks, or without (`block.forward`, which also allows fullgraph)."""
+    ids, labels = batch()
+    expected, model = build("plain", 2), build("plain", 2)
+    for decoder in (expected, model):
+        local = attached(decoder, backward=mode)
+        if decoder is model:
+            model.blocks[0].forward = torch.compile(model.blocks[0].forward, backend="eager", fullgraph=True)
+            model.blocks[1].compile(backend="eager")
+        out = local(ids, labels)
+        if mode == "deferred":
+            out.loss.backward()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, gradients(expected)[name])

@@ -53,6 +53,10 @@ class BlockHooks:
         self._is_done = False
         self._is_checked = False
         self._first_inputs: set[Any] = set()
+        # A compiled block must not trace what happens at an exit. Plain functions, so that a deep copy of these hooks
+        # works on the copy.
+        self._enter_block = torch.compiler.disable(BlockHooks._separate_inputs)
+        self._leave_block = torch.compiler.disable(BlockHooks._run_exit)
         self._handles = [
             # Not at the end of the block itself: other hooks on it must run.
             *(module.register_forward_pre_hook(self._stop, prepend=True) for module in (*blocks, after_blocks)),
@@ -80,8 +84,8 @@ class BlockHooks:
         else:
             raise RuntimeError(
                 f"the forward ended without running block {self._blocks[-1][0]!r}, so its exit has no loss; "
-                f"blocks that are skipped at random (layer drop) do not go together with exits: switch that "
-                f"off"
+                f"blocks that are skipped at random (layer drop), or that ran compiled before attach(), do not "
+                f"go together with exits: switch the former off, compile after attaching"
             )
         finally:
             self._step, self._is_done = None, False
@@ -99,9 +103,16 @@ class BlockHooks:
             raise ForwardDone
 
     def _before(self, index: int, _block: nn.Module, args: Any, kwargs: Any) -> Any:
-        step, unit = self._step, self._units[index]
+        step = self._step
         if step is None or not step.is_training:
             return None
+        return self._enter_block(self, step, index, args, kwargs)
+
+    def _after(self, index: int, _block: nn.Module, _args: Any, output: Any) -> Any:
+        return None if self._step is None else self._leave_block(self, self._step, index, output)
+
+    def _separate_inputs(self, step: Step, index: int, args: Any, kwargs: Any) -> Any:
+        unit = self._units[index]
         self._refuse_recomputation(step)
         if unit.index == 0:
             if not self._is_checked:
@@ -111,10 +122,8 @@ class BlockHooks:
         separate = graph.enter if index == unit.block_indices[0] else graph.keep_own
         return separate(args), separate(kwargs)
 
-    def _after(self, index: int, _block: nn.Module, _args: Any, output: Any) -> Any:
-        step, unit = self._step, self._units[index]
-        if step is None:
-            return None
+    def _run_exit(self, step: Step, index: int, output: Any) -> Any:
+        unit = self._units[index]
         graph = self._graphs[unit.index]
         if index != unit.block_indices[-1]:
             graph.add_outputs(tensors_requiring_grad(output))
