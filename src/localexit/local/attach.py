@@ -44,8 +44,9 @@ def attach(
         exits: "every" block, "every:k" for every k-th, or block indices. The last block always has one.
         exit_norm: what stands between a block and the unembedding at all exits but the last, which has the model's own:
             "shared" (the model's own, trained by all), "copy" (a copy each), "none", or a module.
-        backward: "deferred": the loss has its graph, and any outer backward trains the model. "stream": gradients are
-            made during the forward, and memory for activations does not grow with depth.
+        backward: "deferred": the loss has its graph, and any outer backward trains the model; until then every unit's
+            activations and every exit's [V, D] gradient of the unembedding are kept. "stream": gradients are made
+            during the forward, one unit's activations live at a time, and all exits share one such gradient.
         exit_weights: what each exit's loss counts in the sum, positive; 1 each by default.
         example: token ids [B, T], or a dict with the inputs of one forward, where random ids would not do.
         seed: seed of the rule when given by name, and of the random tokens.

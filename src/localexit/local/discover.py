@@ -112,7 +112,7 @@ def _unembedding(model: nn.Module, trace: Trace) -> nn.Linear:
     module = get_output_embeddings() if callable(get_output_embeddings) else None
     if module is None:
         module = next(_linears_to(trace, trace.logits.shape[-1]), None)
-    if not _is_unembedding(module) or trace.num_calls()[id(module)] != 1:
+    if not _is_unembedding(module) or trace.num_calls[id(module)] != 1:
         found = "none" if module is None else type(module).__name__
         raise ValueError(
             f"model has no unembedding that ran once in its forward: expected an nn.Linear with "
@@ -135,7 +135,7 @@ def _is_unembedding(module: object) -> TypeGuard[nn.Linear]:
 
 def _candidates(model: nn.Module, trace: Trace, unembedding: Call) -> list[_Candidate]:
     """Lists of modules that could be the blocks: the outermost first (experts are inside blocks), then the longest."""
-    ran = trace.num_calls()
+    ran = trace.num_calls
     lists = [
         (name, [child for child in module.children() if ran[id(child)]])
         for name, module in model.named_modules()

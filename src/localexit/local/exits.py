@@ -77,10 +77,15 @@ def make_exits(
             exits but the last.
 
     Raises:
-        ValueError: unknown name, or the norm's output does not fit the unembedding.
+        ValueError: unknown name, the norm's output does not fit the unembedding, or no exit would use the module.
         TypeError: neither a name nor a module.
     """
     early = len(exits_at) - 1
+    if isinstance(exit_norm, nn.Module) and early == 0:
+        raise ValueError(
+            "exit_norm is a module for all exits but the last, and the last is the only exit; leave exit_norm "
+            "out, or give more blocks an exit with exits="
+        )
     norms, added = _early_norms(exit_norm, anatomy.tail, early)
     exits = tuple(
         Exit(index=i, block_index=block, norm=norm)

@@ -28,6 +28,9 @@ from localexit.local.steps import (
 from localexit.local.trace import accepts, eval_mode
 from localexit.local.units import Unit
 
+# Arguments of a training forward that the model itself does not get; the third is the name `transformers` uses.
+OURS = ("labels", "num_items", "num_items_in_batch", "loss_scale")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingInputs:
@@ -66,10 +69,6 @@ class TrainingInputs:
             args=args,
             kwargs={key: value for key, value in kwargs.items() if key not in OURS},
         )
-
-
-# Arguments of a training forward that the model itself does not get; the third is the name `transformers` uses.
-OURS = ("labels", "num_items", "num_items_in_batch", "loss_scale")
 
 
 class LocalModel(nn.Module):
@@ -118,6 +117,8 @@ class LocalModel(nn.Module):
         self._hooks: BlockHooks | None = BlockHooks(model, anatomy.blocks, after_blocks, units, exits)
         self._replaced_forward = model.__dict__.get("forward")
         self._original_forward = model.forward
+        self._takes_cache = accepts(model, "use_cache")
+        # A partial can carry the signature of what it replaces (Trainer reads it), a bound method cannot.
         self._new_forward = functools.wraps(model.forward)(functools.partial(self._model_forward))
         model.__dict__["forward"] = self._new_forward
 
@@ -319,7 +320,7 @@ class LocalModel(nn.Module):
 
     def _without_cache(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Keys and values cached in training would keep every unit's activations alive until the forward's end."""
-        return {"use_cache": False, **inputs} if accepts(self.model, "use_cache") else inputs
+        return {"use_cache": False, **inputs} if self._takes_cache else inputs
 
     def _running_hooks(self) -> BlockHooks:
         if self._hooks is None:

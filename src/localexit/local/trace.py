@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,13 +35,18 @@ class Trace:
     calls: tuple[Call, ...]
     logits: Tensor
 
+    @cached_property
     def num_calls(self) -> Counter[int]:
         """How often each module ran, by `id(module)`."""
         return Counter(id(call.module) for call in self.calls)
 
     def first_call(self, module: nn.Module) -> Call:
         """The first call of a module that ran."""
-        return next(call for call in self.calls if call.module is module)
+        return self._first_calls[id(module)]
+
+    @cached_property
+    def _first_calls(self) -> dict[int, Call]:
+        return {id(call.module): call for call in reversed(self.calls)}
 
 
 def trace_forward(model: nn.Module, example: Tensor | Mapping[str, Any] | None, *, seed: int) -> Trace:
