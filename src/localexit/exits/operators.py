@@ -198,6 +198,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     hidden, weight, bias, target, row_weight, state, uniforms, anchor_rows, *rest = inputs
     _, row_loss, _, _, _, _, _, feedback, weight_grad, bias_grad = output
     ctx.mark_non_differentiable(*output[1:])
+    # Else the backward is handed a zero for every output without a gradient, one of them as large as the weight.
+    ctx.set_materialize_grads(False)
     ctx.num_state = len(state)
     ctx.rest = rest
     ctx.is_summed = rest[7]
@@ -208,7 +210,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
         ctx.save_for_backward(hidden, weight, bias, row_loss, target, row_weight, uniforms, anchor_rows, *state)
 
 
-def _backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
+    nothing = (None,) * (len(ctx.rest) + 2)
+    if upstream is None:
+        return (None, None, None, None, None, [None] * ctx.num_state, *nothing)
     if ctx.is_summed:
         hidden, weight, bias, row_loss, *grads = ctx.saved_tensors
         factor = upstream
@@ -220,7 +225,6 @@ def _backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
         grad if is_needed else None for grad, is_needed in zip(grads, ctx.needs, strict=True)
     )
     row_weight_grad = upstream * row_loss if ctx.needs_input_grad[4] else None
-    nothing = (None,) * (len(ctx.rest) + 2)
     return (hidden_grad, weight_grad, bias_grad, None, row_weight_grad, [None] * ctx.num_state, *nothing)
 
 

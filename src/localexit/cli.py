@@ -1,0 +1,232 @@
+"""The command `localexit`. Thin: it parses, calls the library, and turns what it refuses into one line."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from localexit.feedback import feedback_names
+from localexit.train.config import FeedbackSpec, TrainConfig
+
+BAD_INPUT = 2
+FAILED = 1
+INTERRUPTED = 130
+
+_DEMO = TrainConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a language model locally: every block learns from its own exit.
+
+    Attributes:
+        run: new folder for the run; runs/MODEL-RULE by default.
+        resume: continue the run in that folder, with its own configuration.
+        config: what the result depends on; the defaults are the demo.
+    """
+
+    run: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RUN")] = None
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    config: tyro.conf.OmitArgPrefixes[TrainConfig] = _DEMO
+
+    def execute(self) -> int:
+        """Train, then print the table, a sample and the report's path."""
+        from rich.console import Console
+
+        from localexit.report import exits_table, read_run, write_report
+        from localexit.train.folder import new_run_folder
+        from localexit.train.loop import train
+
+        console = Console()
+        outcome = train(self.config, self.run or new_run_folder(self.config), resume=self.resume, console=console)
+        run = read_run(outcome.run.path)
+        console.print(exits_table(run))
+        for sample in run.records.samples[-1:]:
+            _print_sample(console, sample.prompt, sample.text)
+        _print_plain(console, f"report: {write_report([outcome.run.path])}")
+        if outcome.status == "interrupted":
+            _print_plain(console, f"interrupted; continue with: localexit train {outcome.run.path} --resume")
+            return 128 + (outcome.signal_number or 0)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Write text with one exit of a trained model; the blocks after it are not run.
+
+    Attributes:
+        run: folder of the run.
+        prompt: text to continue; an empty one starts a new text.
+        exit: which exit, from 0; negative ones count from the last.
+        max_new_tokens: most tokens to add.
+        temperature: what logits are divided by; 0 takes the most likely token.
+        top_k: choose among the k most likely tokens; 0 among all.
+        seed: of the choice.
+        device: auto, cpu, cuda, …
+    """
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    prompt: str
+    exit: int = -1
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 50
+    seed: int = 0
+    device: str = "auto"
+
+    def execute(self) -> int:
+        """Print the prompt and, piece by piece, what follows it."""
+        from localexit.report.text import visible
+        from localexit.train.folder import load_run
+        from localexit.train.generate import Sampling, generate
+        from localexit.train.loop import resolve_device
+
+        sampling = Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k or None,
+            seed=self.seed,
+        )
+        local, tokenizer = load_run(self.run, device=resolve_device(self.device))
+        # A terminal obeys control characters; a file may have them as they are.
+        shown = visible if sys.stdout.isatty() else str
+        sys.stdout.write(shown(self.prompt))
+        for piece in generate(local, tokenizer, self.prompt, exit_index=self.exit, sampling=sampling):
+            sys.stdout.write(shown(piece))
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write one self-contained HTML page about a run, or several to compare.
+
+    Attributes:
+        runs: folders of runs.
+        output: where to; report.html in the first folder by default.
+    """
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    output: Path | None = None
+
+    def execute(self) -> int:
+        """Write the page and print its path."""
+        from localexit.report import write_report
+
+        if not self.runs:
+            raise ValueError("runs: expected at least one run directory, got none; name the folders to report on")
+        sys.stdout.write(f"{write_report(self.runs, output=self.output)}\n")
+        return 0
+
+
+Command = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+)
+
+DESCRIPTION = "Train language models locally: every block learns from its own exit, no gradient crosses between blocks."
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; exits with 0, 1 (the run failed), 2 (bad input) or 128 + signal."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command with these arguments and return its exit code; what it refuses is one line on stderr."""
+    try:
+        return int(_parsed(arguments).execute())
+    except KeyboardInterrupt:
+        return _refused("interrupted", INTERRUPTED)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        return _refused(str(error), BAD_INPUT)
+    except RuntimeError as error:
+        from localexit.train.trainer import RunFailedError
+
+        if not isinstance(error, RunFailedError):
+            raise
+        return _refused(str(error), FAILED)
+
+
+def _parsed(arguments: Sequence[str]) -> Any:
+    command = _parse(Command, arguments)
+    if not isinstance(command, Train) or not command.resume:
+        return command
+    if command.run is None:
+        raise ValueError("run: --resume needs the folder of the run to continue, got none; name it")
+    from localexit.train.folder import RunFolder
+
+    # Parsed once more on top of the run's own configuration: what is not given is as it was.
+    stored = RunFolder(path=command.run).read_config()
+    given = _parse(Train, arguments[1:], default=Train(config=stored))
+    return replace(command, config=given.config)
+
+
+def _parse(kind: Any, arguments: Sequence[str], **options: Any) -> Any:
+    """Parse with tyro; its framed messages become one line."""
+    messages = io.StringIO()
+    try:
+        with redirect_stderr(messages):
+            return tyro.cli(
+                kind, prog="localexit", description=DESCRIPTION, args=arguments, registry=_registry(), **options
+            )
+    except SystemExit as ended:
+        if ended.code == 0:
+            raise
+        raise ValueError(_first_part(messages.getvalue())) from None
+
+
+def _registry() -> ConstructorRegistry:
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _feedback(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[FeedbackSpec] | None:
+        if info.type is not FeedbackSpec:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=f"{{{','.join(feedback_names())}}}[:OPTION=VALUE,...]",
+            instance_from_str=lambda texts: FeedbackSpec.parse(texts[0]),
+            is_instance=lambda value: isinstance(value, FeedbackSpec),
+            str_from_instance=lambda spec: [str(spec)],
+        )
+
+    return registry
+
+
+def _first_part(framed: str) -> str:
+    """The text of a framed message up to its first rule."""
+    lines = [line.strip("│╭╮╰╯ ") for line in framed.strip().splitlines()[1:]]
+    until = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    return re.sub(r"^Error parsing __\S+: ", "", " ".join(" ".join(lines[:until]).split()))
+
+
+def _refused(message: str, code: int) -> int:
+    from localexit.report.text import visible
+
+    sys.stderr.write(f"localexit: {visible(' '.join(message.split()))}\n")
+    return code
+
+
+def _print_sample(console: Any, prompt: str, text: str) -> None:
+    from rich.text import Text
+
+    from localexit.report.text import visible
+
+    console.print(Text("sample of the last exit, prompt in bold:"))
+    console.print(Text(visible(prompt), style="bold") + Text(visible(text)), soft_wrap=True)
+
+
+def _print_plain(console: Any, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

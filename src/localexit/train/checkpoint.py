@@ -1,0 +1,209 @@
+"""Checkpoints that survive a kill at any moment: whole and verified, or not there.
+
+A checkpoint is a folder `step-N` of safetensors and JSON files and a `manifest.json` with the sha256 of each. It is
+written under a temporary name, synced to disk, renamed, and read back before an older one is deleted. Nothing in it
+is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = 1
+NUM_KEPT = 2
+TENSOR_FILES = ("model", "optimizer", "rng")
+STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
+# State and manifest are a few kilobytes; what is much larger was not written by us.
+LARGEST_JSON = 16 * 2**20
+
+_TEMPORARY = ".unfinished-"
+_NAME = re.compile(r"step-(\d{1,15})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A training state.
+
+    Attributes:
+        step: optimiser steps made.
+        tensors: by file (`model`, `optimizer`, `rng`) and name.
+        state: everything else, in types that JSON has.
+    """
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, incomplete, or of another version."""
+
+
+def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
+    """Write `folder/step-N`; once it has been read back, delete all but the newest two.
+
+    Raises:
+        OSError: it could not be written; older checkpoints are untouched.
+        CheckpointError: what was read back is not what was written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
+    temporary = folder / f"{_TEMPORARY}step-{snapshot.step}"
+    final = folder / f"step-{snapshot.step}"
+    try:
+        _write(temporary, snapshot)
+        verify(temporary)
+        # An invalid checkpoint of this step may be in the way: a valid one would have been resumed from.
+        _delete(final)
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(folder)
+    verify(final)
+    for old in checkpoint_folders(folder)[NUM_KEPT:]:
+        _delete(old)
+    return final
+
+
+def load_newest(folder: Path, report: Callable[[str], None]) -> Snapshot | None:
+    """The newest checkpoint that is whole, or None when there is none.
+
+    Args:
+        folder: where they are.
+        report: called with one line for each that was skipped, and why.
+    """
+    for candidate in checkpoint_folders(folder):
+        try:
+            return load_checkpoint(candidate)
+        except CheckpointError as error:
+            report(f"skipped {error}")
+    return None
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first."""
+    if not folder.is_dir():
+        return []
+    named = {int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+    return [named[step] for step in sorted(named, reverse=True)]
+
+
+def load_checkpoint(path: Path) -> Snapshot:
+    """Read one checkpoint, after verifying it.
+
+    Raises:
+        CheckpointError: it is damaged, incomplete or of another version.
+    """
+    verify(path)
+    state = _read_json(path, STATE_FILE)
+    try:
+        tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSOR_FILES}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path.name}: {error}") from error
+    return Snapshot(step=int(path.name.removeprefix("step-")), tensors=tensors, state=state)
+
+
+def verify(path: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        CheckpointError: a file is missing, a link, or not what was written.
+    """
+    manifest = _read_json(path, MANIFEST_FILE)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path.name}: expected format {FORMAT}, got {manifest.get('format')!r}; read it with the "
+            f"version of localexit that wrote it"
+        )
+    digests = manifest.get("sha256")
+    expected = {STATE_FILE, *(f"{name}.safetensors" for name in TENSOR_FILES)}
+    is_own = path.name.endswith(f"step-{manifest.get('step')}")
+    if not isinstance(digests, dict) or set(digests) != expected or not is_own:
+        raise CheckpointError(f"checkpoint {path.name}: its manifest is not of this checkpoint")
+    for name, digest in digests.items():
+        if _digest(_regular_file(path, name)) != digest:
+            raise CheckpointError(f"checkpoint {path.name}: {name} is damaged (its sha256 is not the recorded one)")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed process left half written or half deleted."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(path: Path, snapshot: Snapshot) -> None:
+    path.mkdir()
+    for name in TENSOR_FILES:
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in snapshot.tensors[name].items()}
+        save_file(tensors, path / f"{name}.safetensors")
+    (path / STATE_FILE).write_text(json.dumps(snapshot.state, indent=1) + "\n", encoding="utf-8")
+    files = sorted(path.iterdir())
+    _sync_all(files)
+    digests = {file.name: _digest(file) for file in files}
+    manifest = {"format": FORMAT, "step": snapshot.step, "sha256": digests}
+    # No newline at the end: every byte cut off shows.
+    (path / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _sync_all([path / MANIFEST_FILE, path])
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint; a kill in between leaves it whole, or under a name that is not a checkpoint's."""
+    if path.exists():
+        temporary = path.with_name(f"{_TEMPORARY}old-{path.name}")
+        path.rename(temporary)
+        shutil.rmtree(temporary)
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = _regular_file(folder, name)
+    if path.stat().st_size > LARGEST_JSON:
+        raise CheckpointError(f"checkpoint {folder.name}: {name} is damaged (larger than any that was written)")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"checkpoint {folder.name}: {name} is damaged ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"checkpoint {folder.name}: {name} is damaged (not an object)")
+    return content
+
+
+def _regular_file(folder: Path, name: str) -> Path:
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"checkpoint {folder.name}: {name} is missing, or not a regular file")
+    return path
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_all(paths: Iterable[Path]) -> None:
+    for path in paths:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,232 @@
+"""What a training run is determined by: one frozen value, the same on the command line and in `config.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from localexit import _checks
+from localexit.feedback import Feedback, feedback_names, feedback_options, make_feedback
+
+ExitNorm = Literal["shared", "copy", "none"]
+Backward = Literal["stream", "deferred"]
+Decay = Literal["linear", "cosine"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+# They say where and how fast a run computes, not what: a resume may change them.
+FREE_ON_RESUME = frozenset({"device", "threads"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedbackSpec:
+    """A feedback rule and its options, written `NAME` or `NAME:OPTION=VALUE,OPTION=VALUE`.
+
+    >>> FeedbackSpec.parse("mirror_sampled:topk=8,num_draws=32")
+    FeedbackSpec(name='mirror_sampled', options=(('topk', 8), ('num_draws', 32)))
+
+    Attributes:
+        name: one of `feedback_names()`.
+        options: the rule's own options, see its class.
+    """
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        _checks.choice("feedback", self.name, feedback_names())
+        known = feedback_options(self.name)
+        for key, _ in self.options:
+            if key not in known:
+                raise ValueError(
+                    f"feedback {self.name!r} has no option {key!r}; expected one of {', '.join(known) or 'none'}"
+                )
+
+    def __str__(self) -> str:
+        options = ",".join(f"{key}={json.dumps(value)}" for key, value in self.options)
+        return f"{self.name}:{options}" if options else self.name
+
+    @classmethod
+    def parse(cls, text: str) -> FeedbackSpec:
+        """Read the written form.
+
+        Raises:
+            ValueError: not of that form, or an unknown rule or option.
+        """
+        name, _, rest = text.partition(":")
+        pairs = [part.partition("=") for part in rest.split(",")] if rest else []
+        for key, equals, value in pairs:
+            if not (key and equals and value):
+                raise ValueError(f"feedback must be NAME or NAME:OPTION=VALUE,…, got {text!r}")
+        return cls(name=name, options=tuple((key.strip(), _scalar(value.strip())) for key, _, value in pairs))
+
+    def build(self, *, hidden_size: int, vocab_size: int, seed: int) -> Feedback:
+        """The rule for an unembedding [vocab_size, hidden_size].
+
+        Raises:
+            ValueError: an option is out of range.
+        """
+        return make_feedback(self.name, hidden_size, vocab_size, seed=seed, **dict(self.options))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a run's result depends on; the defaults are the demo.
+
+    Attributes:
+        data: text to train on: stdlib, docstrings, a file or folder, or hf:NAME.
+        model: a preset (tiny, demo, small, medium), a local folder, or a hub name OWNER/NAME.
+        vocab_size: tokens in the vocabulary learned from the text; the preset's own by default.
+        feedback: the rule, alone or with options of its own.
+        exits: which blocks have one: every, every:K, or indices such as 1,3,5; the last block always has.
+        exit_norm: the norm at early exits: the model's own (shared), a copy each, or none.
+        backward: stream (memory flat in depth) or deferred (ordinary backward after the forward).
+        train_blocks: off trains the unembedding and the exit norm only, the control for what blocks learn.
+        steps: optimiser steps.
+        batch_size: context windows a micro-batch.
+        accumulate: micro-batches a step.
+        context: tokens a window.
+        lr: peak learning rate of AdamW.
+        betas: AdamW's.
+        weight_decay: on matrices and embeddings, not on norms and biases.
+        warmup_steps: linear rise of the learning rate to its peak.
+        decay: shape of its fall after that.
+        final_lr: what it falls to, as a share of the peak.
+        clip: largest gradient norm, for each unit by itself and for what units share.
+        label_smoothing: of the training loss.
+        z_loss: factor of the squared log-sum-exp in the training loss.
+        seed: of weights, batches and the rule's codes and draws.
+        precision: fp32, or bf16 autocast; auto takes bf16 on a GPU.
+        device: auto, cpu, cuda, cuda:1, …
+        threads: CPU threads; torch's choice by default.
+        log_every: steps between training records.
+        eval_every: steps between validations; the last step always has one.
+        eval_tokens: validation tokens to use, spread over the text.
+        checkpoint_every: steps between checkpoints; the last step always has one.
+        prompt: what samples continue; the beginning of the validation text by default.
+        sample_tokens: length of the samples, 0 for none.
+        tensorboard: write the metrics to TensorBoard too.
+    """
+
+    data: str = "stdlib"
+    model: str = "demo"
+    vocab_size: int | None = None
+    feedback: FeedbackSpec = FeedbackSpec(name="mirror_sampled")
+    exits: str = "every"
+    exit_norm: ExitNorm = "shared"
+    backward: Backward = "stream"
+    train_blocks: bool = True
+    steps: int = 600
+    batch_size: int = 8
+    accumulate: int = 1
+    context: int = 128
+    lr: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    warmup_steps: int = 40
+    decay: Decay = "linear"
+    final_lr: float = 0.05
+    clip: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    seed: int = 0
+    precision: Precision = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    log_every: int = 1
+    eval_every: int = 100
+    eval_tokens: int = 32768
+    checkpoint_every: int = 100
+    prompt: str | None = None
+    sample_tokens: int = 96
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_tokens", "checkpoint_every"):
+            _checks.count(name, getattr(self, name), minimum=1)
+        for name in ("warmup_steps", "sample_tokens", "seed"):
+            _checks.count(name, getattr(self, name), minimum=0)
+        for name in ("vocab_size", "threads"):
+            if getattr(self, name) is not None:
+                _checks.count(name, getattr(self, name), minimum=1)
+        _checks.count("context", self.context, minimum=2)
+        for name, kinds in (
+            ("exit_norm", ExitNorm),
+            ("backward", Backward),
+            ("decay", Decay),
+            ("precision", Precision),
+        ):
+            _checks.choice(name, getattr(self, name), get_args(kinds))
+        _checks.loss_options("mean", self.label_smoothing, self.z_loss, None)
+        self._check_optimizer()
+        exit_indices(self.exits)
+
+    def _check_optimizer(self) -> None:
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        _checks.non_negative("weight_decay", self.weight_decay)
+        _checks.fraction("final_lr", self.final_lr)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps must be below steps={self.steps}, got {self.warmup_steps}; pass fewer, or more steps"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, in types that JSON has."""
+        return {**asdict(self), "feedback": str(self.feedback), "betas": list(self.betas)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> TrainConfig:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: fields are missing, unknown or out of range.
+            TypeError: a field has the wrong type.
+        """
+        known = {field.name for field in fields(cls)}
+        if set(content) != known:
+            odd = ", ".join(sorted(set(content) ^ known))
+            raise ValueError(
+                f"config.json: expected the fields of this version of localexit, got others ({odd}); "
+                f"resume with the version that wrote it"
+            )
+        values = {**content, "feedback": FeedbackSpec.parse(content["feedback"]), "betas": tuple(content["betas"])}
+        return cls(**values)
+
+    def differences(self, other: TrainConfig) -> list[str]:
+        """What `other` asks differently of a run with this configuration, a line a field; free fields aside."""
+        mine, theirs = self.to_json(), other.to_json()
+        return [
+            f"{name}: the run has {mine[name]!r}, got {theirs[name]!r}"
+            for name in mine
+            if name not in FREE_ON_RESUME and mine[name] != theirs[name]
+        ]
+
+
+def exit_indices(exits: str) -> str | tuple[int, ...]:
+    """`exits` as `attach` takes it: "every", "every:k", or block indices.
+
+    Raises:
+        ValueError: neither of these.
+    """
+    if exits.startswith("every"):
+        return exits
+    try:
+        return tuple(int(part) for part in exits.split(","))
+    except ValueError:
+        raise ValueError(f"exits must be 'every', 'every:K' or block indices such as 1,3,5, got {exits!r}") from None
+
+
+def _scalar(text: str) -> Any:
+    """A number, true, false or null as JSON has them; other text as it is."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return text if isinstance(value, (dict, list)) else value

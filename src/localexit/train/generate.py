@@ -1,0 +1,108 @@
+"""Text from one exit of a model; the blocks after the exit are not run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from localexit import _checks
+from localexit.local import LocalModel
+from localexit.local.trace import eval_mode
+from localexit.train.models import model_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is chosen from the logits.
+
+    Attributes:
+        max_new_tokens: most tokens to add.
+        temperature: what logits are divided by; 0 takes the most likely token.
+        top_k: choose among the k most likely; None among all.
+        seed: of the choice.
+    """
+
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _checks.count("max_new_tokens", self.max_new_tokens, minimum=0)
+        _checks.non_negative("temperature", self.temperature)
+        _checks.count("seed", self.seed, minimum=0)
+        if self.top_k is not None:
+            _checks.count("top_k", self.top_k, minimum=1)
+
+
+def generate(
+    local: LocalModel, tokenizer: Tokenizer, prompt: str, *, exit_index: int = -1, sampling: Sampling | None = None
+) -> Iterator[str]:
+    """Yield what exit `exit_index` writes after `prompt`, piece by piece, until it ends the text.
+
+    Args:
+        local: the model, in eval mode.
+        tokenizer: its tokenizer.
+        prompt: text to continue; an empty one starts a new text.
+        exit_index: which exit; negative ones count from the last.
+        sampling: how tokens are chosen.
+
+    Raises:
+        ValueError: there is no such exit.
+    """
+    end_id = model_config(local).eos_token_id
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end_id]
+    written: list[int] = []
+    shown = ""
+    for token in generate_ids(local, ids, exit_index=exit_index, sampling=sampling or Sampling()):
+        if token == end_id:
+            break
+        written.append(token)
+        text = tokenizer.decode(written)
+        # The last character may still lack some of its bytes.
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    if len(tokenizer.decode(written)) > len(shown):
+        yield tokenizer.decode(written)[len(shown) :]
+
+
+def sample_text(local: LocalModel, tokenizer: Tokenizer, prompt: str, *, sampling: Sampling) -> str:
+    """What the last exit writes after `prompt`, in the middle of training: the model's mode is put back."""
+    with eval_mode(local):
+        return "".join(generate(local, tokenizer, prompt, sampling=sampling))
+
+
+def generate_ids(local: LocalModel, ids: list[int], *, exit_index: int, sampling: Sampling) -> Iterator[int]:
+    """Yield token ids; past the model's longest context it goes on from the last half of it."""
+    from transformers import DynamicCache
+
+    limit = model_config(local).max_position_embeddings
+    device = local.unembedding.weight.device
+    generator = torch.Generator().manual_seed(sampling.seed)
+    cache, num_cached = DynamicCache(), 0
+    ids = ids[-limit:]
+    for _ in range(sampling.max_new_tokens):
+        if len(ids) > limit:
+            ids = ids[-(limit // 2) :]
+            cache, num_cached = DynamicCache(), 0
+        new = torch.tensor([ids[num_cached:]], device=device)
+        num_cached = len(ids)
+        logits = local.exit_logits(exit_index, new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        ids.append(choose(logits[0, -1].float().cpu(), sampling, generator))
+        yield ids[-1]
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token id from logits [V]."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    if sampling.top_k is not None and sampling.top_k < logits.shape[0]:
+        smallest = logits.topk(sampling.top_k).values[-1]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    probabilities = torch.softmax(logits / sampling.temperature, -1)
+    return int(torch.multinomial(probabilities, 1, generator=generator))

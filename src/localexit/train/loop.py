@@ -1,0 +1,296 @@
+"""A run from its configuration to its report."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import torch
+from rich.console import Console
+
+from localexit.train.batches import BatchSampler
+from localexit.train.checkpoint import load_newest, save_checkpoint
+from localexit.train.config import TrainConfig
+from localexit.train.data import RunData, load_data
+from localexit.train.evaluate import validate
+from localexit.train.folder import RunFolder, export_model, versions
+from localexit.train.generate import Sampling, sample_text
+from localexit.train.logs import Board, Display, MetricsLog, drop_after
+from localexit.train.models import attach_exits, build_model, check_name
+from localexit.train.trainer import NonFiniteError, RunFailedError, Trainer
+
+PROMPT_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+        run: the run directory.
+        status: whether all steps were made, or somebody stopped it.
+        signal_number: what stopped it.
+    """
+
+    run: RunFolder
+    status: Literal["finished", "interrupted"]
+    signal_number: int | None = None
+
+
+@dataclass(kw_only=True)
+class StopRequest:
+    """Whether somebody asked for the end; the step in hand is finished first."""
+
+    signal_number: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the first Ctrl-C (or SIGTERM) as a request; a second one ends at once."""
+        try:
+            before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:
+            # Not the main thread: signals are somebody else's.
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_number is not None:
+            raise KeyboardInterrupt
+        self.signal_number = number
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """What the steps of a run need."""
+
+    folder: RunFolder
+    config: TrainConfig
+    data: RunData
+    trainer: Trainer
+    log: MetricsLog
+    board: Board | None
+    display: Display
+    prompt: str
+    stop: StopRequest = field(default_factory=StopRequest)
+
+
+def train(
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    cache_dir: Path | None = None,
+) -> Outcome:
+    """Train a model as `config` says, in the folder `run_dir`.
+
+    Everything that can be refused is refused before the folder is made.
+
+    Args:
+        config: of the run; for a resume that of the run itself, device and threads aside.
+        run_dir: a new folder, or one to continue.
+        resume: continue from the newest whole checkpoint; from the beginning when there is none yet.
+        console: where progress goes.
+        cache_dir: where vocabularies and token streams are kept.
+
+    Raises:
+        ValueError: configuration, text, model or folder do not fit together.
+        NonFiniteError: a loss or gradient was NaN or infinite; the last checkpoint is whole.
+        RunFailedError: the folder could not be written any more.
+    """
+    console = console or Console()
+    folder = RunFolder(path=run_dir)
+    if resume:
+        check_same_config(folder.read_config(), config)
+    else:
+        folder.check_new()
+    check_name(config.model)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    console.print(f"reading {config.data} …", markup=False, highlight=False)
+    data = load_data(config, cache_dir=cache_dir)
+    if resume:
+        folder.check_corpus(data.record)
+    trainer = _make_trainer(config, data, device=device, precision=precision)
+    if not resume:
+        folder.write(config, data.record, trainer.local, device)
+    try:
+        with _started(folder, config, data, trainer, console, resume=resume) as run:
+            return _train(run)
+    except OSError as error:
+        raise RunFailedError(f"run {run_dir}: {error}; the last checkpoint is whole, continue with --resume") from error
+
+
+def check_same_config(mine: TrainConfig, theirs: TrainConfig) -> None:
+    """Refuse to continue a run with another configuration.
+
+    Raises:
+        ValueError: fields differ.
+    """
+    differences = mine.differences(theirs)
+    if differences:
+        raise ValueError(
+            f"resume: expected the configuration of the run, but {'; '.join(differences)}; leave these options out, or "
+            f"start a new run"
+        )
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; "auto" takes a GPU where there is one.
+
+    Raises:
+        ValueError: unknown, or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device must be 'auto' or a device torch can use here, got {name!r}: {reason}") from error
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """fp32 or bf16; "auto" takes bf16 on a GPU that has it."""
+    if name == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def _make_trainer(config: TrainConfig, data: RunData, *, device: torch.device, precision: torch.dtype) -> Trainer:
+    vocab_size = data.tokenizer.get_vocab_size()
+    model = build_model(config, vocab_size=vocab_size, end_of_text_id=data.end_of_text_id)
+    torch.manual_seed(config.seed)
+    local = attach_exits(model, config, device=device)
+    sampler = BatchSampler(data.train, batch_size=config.batch_size, context=config.context, seed=config.seed)
+    return Trainer(local, sampler, config, precision=precision)
+
+
+@contextmanager
+def _started(
+    folder: RunFolder, config: TrainConfig, data: RunData, trainer: Trainer, console: Console, *, resume: bool
+) -> Iterator[_Run]:
+    """Logs opened and, for a resume, everything put back to the newest whole checkpoint."""
+    lines: list[str] = []
+    if resume:
+        _restore(folder, trainer, lines)
+    with ExitStack() as stack:
+        log = MetricsLog(folder.metrics)
+        stack.callback(log.close)
+        board = Board(folder.tensorboard, first_step=trainer.step) if config.tensorboard else None
+        if board is not None:
+            stack.callback(board.close)
+        lines.append(_description(config, trainer))
+        log.event(trainer.step, "resumed" if resume else "started", "; ".join(lines))
+        display = Display(console, num_steps=config.steps, first_step=trainer.step)
+        for line in lines:
+            display.say(line)
+        prompt = _default_prompt(data) if config.prompt is None else config.prompt
+        yield _Run(
+            folder=folder,
+            config=config,
+            data=data,
+            trainer=trainer,
+            log=log,
+            board=board,
+            display=stack.enter_context(display),
+            prompt=prompt,
+        )
+
+
+def _restore(folder: RunFolder, trainer: Trainer, lines: list[str]) -> None:
+    snapshot = load_newest(folder.checkpoints, lines.append)
+    if snapshot is None:
+        lines.append("no checkpoint yet: from the beginning")
+    else:
+        trainer.restore(snapshot)
+        lines.append(f"continued from checkpoint step-{snapshot.step}")
+    drop_after(folder.metrics, trainer.step)
+
+
+def _train(run: _Run) -> Outcome:
+    trainer, config = run.trainer, run.config
+    with run.stop.listening():
+        while trainer.step < config.steps and run.stop.signal_number is None:
+            _step(run)
+    status: Literal["finished", "interrupted"] = "finished" if trainer.step == config.steps else "interrupted"
+    if status == "interrupted":
+        _checkpoint(run)
+    export_model(run.folder, trainer.local, run.data.tokenizer)
+    run.log.event(trainer.step, status, f"after {trainer.tokens} tokens in {trainer.seconds:.1f} s of training")
+    return Outcome(run=run.folder, status=status, signal_number=run.stop.signal_number)
+
+
+def _step(run: _Run) -> None:
+    config, trainer = run.config, run.trainer
+    try:
+        result = trainer.train_step()
+    except NonFiniteError as error:
+        run.log.event(trainer.step, "non_finite", str(error))
+        raise
+    is_last = result.step == config.steps
+    run.display.step(result)
+    if is_last or result.step % config.log_every == 0:
+        run.log.train(result)
+        if run.board is not None:
+            run.board.train(result)
+    if is_last or result.step % config.eval_every == 0:
+        _validate(run)
+    if is_last or result.step % config.checkpoint_every == 0:
+        _checkpoint(run)
+
+
+def _validate(run: _Run) -> None:
+    trainer, config = run.trainer, run.config
+    validation = validate(
+        trainer.local,
+        run.data.valid,
+        batch_size=config.batch_size,
+        context=config.context,
+        max_tokens=config.eval_tokens,
+        precision=trainer.precision,
+    )
+    run.log.valid(trainer.step, trainer.tokens, validation)
+    run.display.valid(trainer.step, validation)
+    if run.board is not None:
+        run.board.valid(trainer.step, validation)
+    if config.sample_tokens:
+        sampling = Sampling(max_new_tokens=config.sample_tokens, seed=config.seed)
+        text = sample_text(trainer.local, run.data.tokenizer, run.prompt, sampling=sampling)
+        run.log.sample(trainer.step, prompt=run.prompt, text=text, exit_index=trainer.local.num_exits - 1)
+
+
+def _checkpoint(run: _Run) -> None:
+    # What a checkpoint says has happened must be in the log before it.
+    run.log.sync()
+    save_checkpoint(run.folder.checkpoints, run.trainer.snapshot())
+
+
+def _default_prompt(data: RunData) -> str:
+    ids = [int(token) for token in data.valid.tokens[:PROMPT_TOKENS]]
+    return data.tokenizer.decode([token for token in ids if token != data.end_of_text_id])
+
+
+def _description(config: TrainConfig, trainer: Trainer) -> str:
+    local = trainer.local
+    num_trained = sum(p.numel() for p in local.parameters() if p.requires_grad)
+    device = trainer.device
+    return (
+        f"{config.model}: {num_trained:,} parameters to train, {local.num_exits} exits, feedback {config.feedback}, "
+        f"backward {config.backward}, {device} {str(trainer.precision).removeprefix('torch.')}, "
+        f"torch {versions()['torch']}"
+    )

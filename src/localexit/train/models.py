@@ -1,0 +1,184 @@
+"""Models to train: presets with random weights, and what `transformers` loads from a folder or the hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from localexit.local import LocalModel, attach
+from localexit.train.config import TrainConfig, exit_indices
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Shape of a Llama-type decoder with random weights (sd 0.02) and an unembedding of its own.
+
+    Attributes:
+        num_blocks, hidden_size, num_heads: of the decoder; its MLP is 8/3 as wide as the hidden.
+        vocab_size: tokens learned from the text unless the configuration says otherwise.
+    """
+
+    num_blocks: int
+    hidden_size: int
+    num_heads: int
+    vocab_size: int
+
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(num_blocks=2, hidden_size=64, num_heads=2, vocab_size=512),
+    "demo": Preset(num_blocks=4, hidden_size=192, num_heads=6, vocab_size=4096),
+    "small": Preset(num_blocks=6, hidden_size=512, num_heads=8, vocab_size=16384),
+    "medium": Preset(num_blocks=12, hidden_size=768, num_heads=12, vocab_size=32768),
+}
+
+
+def build_model(config: TrainConfig, *, vocab_size: int, end_of_text_id: int) -> Any:
+    """The model of a configuration, in fp32 on the CPU.
+
+    Args:
+        config: names the model and seeds its weights.
+        vocab_size: tokens the text uses.
+        end_of_text_id: one of them.
+
+    Raises:
+        ValueError: unknown preset, a folder or hub name that cannot be loaded, or a vocabulary that does not fit.
+    """
+    if config.model in PRESETS:
+        return _from_preset(PRESETS[config.model], config, vocab_size=vocab_size, end_of_text_id=end_of_text_id)
+    if config.vocab_size is not None:
+        raise ValueError(
+            f"vocab_size is for presets, which learn their vocabulary from the text; got {config.vocab_size} with "
+            f"model {config.model!r}, which has its own; leave it out"
+        )
+    model = load_pretrained(config.model)
+    model_vocab_size = model.get_output_embeddings().weight.shape[0]
+    if vocab_size > model_vocab_size:
+        raise ValueError(
+            f"model {config.model!r} has an unembedding of {model_vocab_size} tokens, but its tokenizer has "
+            f"{vocab_size}; resize the model's embeddings, or save it with its own tokenizer"
+        )
+    return model
+
+
+def model_config(local: LocalModel) -> Any:
+    """The configuration that `transformers` keeps with a model."""
+    model: Any = local.model
+    return model.config
+
+
+def attach_exits(model: Any, config: TrainConfig, *, device: torch.device) -> LocalModel:
+    """The model on `device` with the exits, the rule and the frozen parts that a configuration asks for.
+
+    Raises:
+        ValueError: exits or rule do not fit the model.
+    """
+    model = model.to(device).train()
+    vocab_size, hidden_size = model.get_output_embeddings().weight.shape
+    rule = config.feedback.build(hidden_size=hidden_size, vocab_size=vocab_size, seed=config.seed).to(device)
+    local = attach(
+        model,
+        feedback=rule,
+        exits=exit_indices(config.exits),
+        exit_norm=config.exit_norm,
+        backward=config.backward,
+        seed=config.seed,
+        label_smoothing=config.label_smoothing,
+        z_loss=config.z_loss,
+    )
+    if not config.train_blocks:
+        freeze_blocks(local)
+    return local
+
+
+def freeze_blocks(local: LocalModel) -> None:
+    """Leave only the unembedding and the exits' norms to be trained."""
+    local.requires_grad_(False)
+    readout = [local.unembedding, *(module for exit_ in local.exits for module in exit_.norm)]
+    for module in readout:
+        module.requires_grad_(True)
+
+
+def load_pretrained(name: str) -> Any:
+    """The causal language model in a local folder or on the hub, in fp32; safetensors weights only.
+
+    Raises:
+        ValueError: it cannot be found or loaded.
+    """
+    check_name(name)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise _cannot_load(name, "model", error) from error
+
+
+def load_tokenizer(name: str) -> tuple[Tokenizer, int]:
+    """The fast tokenizer that belongs to a model, and the id it ends a text with.
+
+    Raises:
+        ValueError: it cannot be found, has no fast form, or no end-of-text token.
+    """
+    check_name(name)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise _cannot_load(name, "tokenizer", error) from error
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"model {name!r}: expected a fast tokenizer (tokenizer.json) with an end-of-text token, got "
+            f"{type(tokenizer).__name__} with eos_token={tokenizer.eos_token!r}; convert it and set one"
+        )
+    return tokenizer.backend_tokenizer, tokenizer.eos_token_id
+
+
+def _from_preset(preset: Preset, config: TrainConfig, *, vocab_size: int, end_of_text_id: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    architecture = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=preset.hidden_size,
+        intermediate_size=-(-preset.hidden_size * 8 // 3 // 32) * 32,
+        num_hidden_layers=preset.num_blocks,
+        num_attention_heads=preset.num_heads,
+        num_key_value_heads=preset.num_heads,
+        max_position_embeddings=config.context,
+        initializer_range=0.02,
+        tie_word_embeddings=False,
+        bos_token_id=end_of_text_id,
+        eos_token_id=end_of_text_id,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return LlamaForCausalLM(architecture)
+
+
+def check_name(name: str) -> None:
+    """Refuse what is neither a preset, nor a folder, nor looks like a hub name.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if name in PRESETS:
+        return
+    path = Path(name).expanduser()
+    if path.is_dir() or (name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))):
+        return
+    raise ValueError(
+        f"model must be a preset ({', '.join(PRESETS)}), a local folder or a hub name OWNER/NAME, got {name!r}; "
+        f"check the spelling"
+    )
+
+
+def _cannot_load(name: str, what: str, error: Exception) -> ValueError:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return ValueError(f"model {name!r}: its {what} could not be loaded: {reason}")

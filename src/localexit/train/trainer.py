@@ -1,0 +1,208 @@
+"""One optimiser step after the other, and the state that makes them repeatable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localexit.local import LocalModel
+from localexit.train.batches import BatchSampler
+from localexit.train.checkpoint import CheckpointError, Snapshot
+from localexit.train.config import TrainConfig
+from localexit.train.evaluate import autocast
+from localexit.train.optim import make_optimizer, make_scheduler
+
+
+class RunFailedError(RuntimeError):
+    """A run that had to stop; its last checkpoint is whole."""
+
+
+class NonFiniteError(RunFailedError):
+    """A loss or a gradient that is NaN or infinite, found before the optimiser saw it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimiser step measured.
+
+    Attributes:
+        step: its number, from 1.
+        tokens: tokens of all steps so far.
+        seconds: spent in all steps so far.
+        lr: learning rate of the step.
+        losses: of each exit before the step, nats/token.
+        grad_norms: of each unit and of what they share, before clipping.
+        tokens_per_second: of this step.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    lr: float
+    losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    tokens_per_second: float
+
+
+class Trainer:
+    """The training state of a run, and the step that moves it on.
+
+    Args:
+        local: the model with its exits, on its device.
+        sampler: source of batches.
+        config: of the run.
+        precision: bf16 runs forwards under autocast.
+
+    Attributes:
+        step: optimiser steps made.
+        tokens: tokens seen.
+        seconds: time spent in steps.
+    """
+
+    def __init__(
+        self, local: LocalModel, sampler: BatchSampler, config: TrainConfig, *, precision: torch.dtype = torch.float32
+    ) -> None:
+        self.local = local
+        self.sampler = sampler
+        self.config = config
+        self.precision = precision
+        self.device = local.unembedding.weight.device
+        self.optimizer = make_optimizer(local.parameters(), config)
+        self.scheduler = make_scheduler(self.optimizer, config)
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+
+    def train_step(self) -> StepResult:
+        """Forward and backward over the micro-batches, clip unit by unit, one optimiser step.
+
+        Raises:
+            NonFiniteError: a loss or gradient norm is NaN or infinite; nothing was changed.
+        """
+        start = time.perf_counter()
+        lr = self.optimizer.param_groups[0]["lr"]
+        batches = [self.sampler.next_batch().to(self.device) for _ in range(self.config.accumulate)]
+        losses = self._gradients(batches)
+        grad_norms = self.local.clip_grad_norm_(self.config.clip)
+        measured = torch.cat([losses.double(), grad_norms.double()]).tolist()
+        self._check_finite(torch.tensor(measured))
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        # The mirror learns from pairs that this step's W measured, after every exit has used it.
+        self.local.update()
+        num_tokens = sum(ids.numel() for ids in batches)
+        duration = time.perf_counter() - start
+        self.step, self.tokens, self.seconds = self.step + 1, self.tokens + num_tokens, self.seconds + duration
+        return StepResult(
+            step=self.step,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            lr=lr,
+            losses=tuple(measured[: self.local.num_exits]),
+            grad_norms=tuple(measured[self.local.num_exits :]),
+            tokens_per_second=num_tokens / duration,
+        )
+
+    def snapshot(self) -> Snapshot:
+        """Everything the next step depends on."""
+        optimizer = self.optimizer.state_dict()
+        return Snapshot(
+            step=self.step,
+            tensors={
+                "model": _without_aliases(self.local.state_dict()),
+                "optimizer": {f"{i}.{key}": t for i, state in optimizer["state"].items() for key, t in state.items()},
+                "rng": _rng_states(self.device),
+            },
+            state={
+                "step": self.step,
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "sampler": self.sampler.state(),
+                "optimizer_groups": optimizer["param_groups"],
+                "scheduler": self.scheduler.state_dict(),
+            },
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue from a snapshot of a run with the same configuration.
+
+        Raises:
+            CheckpointError: it does not fit the configuration.
+        """
+        try:
+            self._restore(snapshot)
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            reason = str(error).strip().replace("\n", " ")
+            raise CheckpointError(f"checkpoint step-{snapshot.step} does not fit this run: {reason}") from error
+
+    def _gradients(self, batches: list[Tensor]) -> Tensor:
+        """Losses of the exits [L] over all micro-batches; their gradients are in `.grad`."""
+        num_items = sum(ids[:, 1:].numel() for ids in batches)
+        losses = torch.zeros(self.local.num_exits, device=self.device)
+        for ids in batches:
+            with autocast(self.device, self.precision):
+                output = self.local(ids, ids, num_items=num_items)
+            if self.local.backward_mode == "deferred":
+                output.loss.backward()
+            losses += output.exit_losses
+        return losses
+
+    def _check_finite(self, measured: Tensor) -> None:
+        if bool(torch.isfinite(measured).all()):
+            return
+        losses, norms = measured[: self.local.num_exits], measured[self.local.num_exits :]
+        raise NonFiniteError(
+            f"step {self.step + 1}: expected finite losses and gradients, got losses {_short(losses)} and gradient "
+            f"norms {_short(norms)}; the step was not made. Try a lower lr, a longer warm-up or fp32"
+        )
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        state = snapshot.state
+        _load(self.local, snapshot.tensors["model"])
+        groups = [{**group, "betas": tuple(group["betas"])} for group in state["optimizer_groups"]]
+        self.optimizer.load_state_dict({"state": _by_index(snapshot.tensors["optimizer"]), "param_groups": groups})
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.sampler.restore(state["sampler"])
+        torch.set_rng_state(snapshot.tensors["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in snapshot.tensors["rng"]:
+            torch.cuda.set_rng_state(snapshot.tensors["rng"]["cuda"], self.device)
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+
+
+def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One name for each tensor: tied weights are saved once."""
+    seen: dict[tuple[int, int], str] = {}
+    for name, tensor in tensors.items():
+        # An empty tensor has no storage to tell it by.
+        seen.setdefault((tensor.data_ptr() or -len(seen) - 1, tensor.numel()), name)
+    return {name: tensors[name] for name in seen.values()}
+
+
+def _load(local: LocalModel, tensors: Mapping[str, Tensor]) -> None:
+    expected = _without_aliases(local.state_dict())
+    if set(expected) != set(tensors):
+        odd = ", ".join(sorted(set(expected) ^ set(tensors))[:3])
+        raise ValueError(f"it has other parameters than the model ({odd}, …)")
+    local.load_state_dict(tensors, strict=False)
+
+
+def _by_index(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        states.setdefault(int(index), {})[key] = tensor
+    return states
+
+
+def _rng_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _short(values: Tensor) -> str:
+    return "[" + ", ".join(f"{value:.4g}" for value in values.tolist()) + "]"

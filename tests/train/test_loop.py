@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train.small_runs import small_config, train_quietly, write_corpus
+
+from localexit.train.config import FeedbackSpec, TrainConfig
+from localexit.train.loop import resolve_device, resolve_precision
+from localexit.train.trainer import NonFiniteError, RunFailedError, StepResult, Trainer
+
+RUN_FILES = {"config.json", "corpus.json", "metrics.jsonl", "checkpoints", "model"}
+
+
+def records(run: Path, *kinds: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] in kinds]
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def test_a_run_leaves_what_it_promises(text: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config = small_config(text, tensorboard=True)
+    outcome = train_quietly(config, tmp_path / "run", cache_dir)
+    run = outcome.run.path
+    assert outcome.status == "finished"
+    assert {path.name for path in run.iterdir()} == RUN_FILES | {"tensorboard"}
+    assert outcome.run.read_config() == config
+    assert [line["step"] for line in records(run, "train")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in records(run, "valid", "sample")] == [3, 3, 6, 6]
+    assert [line["event"] for line in records(run, "event")] == ["started", "finished"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-3", "step-6"]
+    model = {path.name for path in (run / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "exits.safetensors"} <= model
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_the_records_have_the_fields_the_report_reads(text: Path, cache_dir: Path, tmp_path: Path) -> None:
+    from localexit.report import exits_table, read_run, write_report
+
+    run = train_quietly(small_config(text), tmp_path / "run", cache_dir).run.path
+    read = read_run(run)
+    assert read.num_exits == 2
+    assert read.records.train.grad_norm.shape == (6, 3)
+    assert read.records.valid.loss.shape == (2, 2)
+    assert read.corpus["valid_tokens"] > 0
+    assert exits_table(read).row_count == 2
+    assert write_report([run]).is_file()
+
+
+@pytest.mark.parametrize("content", ["file", "folder", "link"])
+def test_a_folder_that_exists_is_left_as_it_is(text: Path, cache_dir: Path, tmp_path: Path, content: str) -> None:
+    run = tmp_path / "run"
+    if content == "file":
+        run.write_text("mine")
+    elif content == "link":
+        run.symlink_to(tmp_path / "nowhere")
+    else:
+        run.mkdir()
+        (run / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="run: expected a new folder, got .*--resume"):
+        train_quietly(small_config(text), run, cache_dir)
+    assert content != "folder" or [path.name for path in run.iterdir()] == ["mine"]
+    assert content != "file" or run.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 50_000}, "vocab_size: expected at most"),
+        ({"vocab_size": 200}, "vocab_size: expected at least 257"),
+        ({"context": 10**6}, "data: expected at least one context"),
+        ({"model": "huge"}, r"model must be a preset \(tiny, demo"),
+        ({"model": "./nowhere"}, "model must be a preset"),
+        ({"exits": "every:5"}, "exits='every:5'"),
+        ({"exits": "7"}, "exits has block 7"),
+        ({"feedback": FeedbackSpec.parse("dense:rank=1000")}, "rank=1000 is larger than the hidden size"),
+        ({"device": "abacus"}, "device must be 'auto' or a device torch can use"),
+        ({"data": "nowhere/at/all"}, "data: expected"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_folder_is_made(
+    text: Path, cache_dir: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train_quietly(small_config(text, **change), tmp_path / "run", cache_dir)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resume_from_another_configuration_names_the_fields(text: Path, cache_dir: Path, tmp_path: Path) -> None:
+    run = train_quietly(small_config(text), tmp_path / "run", cache_dir).run.path
+    before = (run / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"lr: the run has 0\.003, got 0\.5; steps: the run has 6, got 9|steps.*lr"):
+        train_quietly(small_config(text, lr=0.5, steps=9), run, cache_dir, resume=True)
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_a_resume_on_other_text_is_refused(cache_dir: Path, tmp_path: Path) -> None:
+    text = write_corpus(tmp_path / "text")
+    config = small_config(text)
+    run = train_quietly(config, tmp_path / "run", cache_dir).run.path
+    write_corpus(tmp_path / "text", seed=1)
+    with pytest.raises(ValueError, match="data: expected the text of the run"):
+        train_quietly(config, run, cache_dir, resume=True)
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(text: Path, cache_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run: expected a run directory with config\.json"):
+        train_quietly(small_config(text), tmp_path, cache_dir, resume=True)
+
+
+def test_a_finished_run_resumes_to_nothing_more(text: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config = small_config(text)
+    run = train_quietly(config, tmp_path / "run", cache_dir).run.path
+    measured = records(run, "train", "valid", "sample")
+    assert train_quietly(config, run, cache_dir, resume=True).status == "finished"
+    assert records(run, "train", "valid", "sample") == measured
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from train.small_runs import train_quietly
+from localexit.train.config import TrainConfig
+from localexit.train.trainer import Trainer
+import json
+
+train_step = Trainer.train_step
+
+def dying(self):
+    if self.step == int(sys.argv[2]):
+        os._exit(9)
+    return train_step(self)
+
+Trainer.train_step = dying
+config = TrainConfig.from_json(json.loads(sys.argv[1]))
+train_quietly(config, Path(sys.argv[3]), Path(sys.argv[4]), resume=sys.argv[5] == "resume")
+"""
+
+
+def train_in_new_process(config: TrainConfig, run: Path, cache_dir: Path, *, die_at: int, resume: bool) -> int:
+    """Train in another process, which dies before the step after `die_at`; its exit code."""
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests), str(tests.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    mode = "resume" if resume else "start"
+    arguments = [json.dumps(config.to_json()), str(die_at), str(run), str(cache_dir), mode]
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode in (0, 9), ended.stderr
+    return ended.returncode
+
+
+@pytest.mark.parametrize("rule", ["mirror_sampled", "dense"])
+def test_two_processes_do_what_one_does_bit_by_bit(text: Path, cache_dir: Path, tmp_path: Path, rule: str) -> None:
+    config = small_config(
+        text, steps=40, eval_every=10, checkpoint_every=20, sample_tokens=2, feedback=FeedbackSpec.parse(rule)
+    )
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    threads = torch.get_num_threads()
+    train_quietly(config, whole, cache_dir)
+    torch.set_num_threads(threads)
+    assert train_in_new_process(config, halves, cache_dir, die_at=25, resume=False) == 9
+    assert [line["step"] for line in records(halves, "train")] == list(range(1, 26))
+    assert train_in_new_process(config, halves, cache_dir, die_at=40, resume=True) == 0
+    kinds = ("train", "valid", "sample")
+    assert without_times(records(halves, *kinds)) == without_times(records(whole, *kinds))
+    assert [line["event"] for line in records(halves, "event")] == ["started", "resumed", "finished"]
+    for name in ("model", "optimizer", "rng"):
+        one, two = (load_file(run / "checkpoints" / "step-40" / f"{name}.safetensors") for run in (whole, halves))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
+    states = [json.loads((run / "checkpoints" / "step-40" / "state.json").read_text()) for run in (whole, halves)]
+    assert states[0].pop("seconds") > 0
+    states[1].pop("seconds")
+    assert states[0] == states[1]
+
+
+def test_a_resume_without_a_checkpoint_starts_over(
+    text: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(text)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train_step", _raising(Trainer.train_step, at=2, error=KeyboardInterrupt()))
+        train_quietly(config, tmp_path / "run", cache_dir)
+    train_quietly(config, tmp_path / "run", cache_dir, resume=True)
+    train_quietly(config, tmp_path / "whole", cache_dir)
+    kinds = ("train", "valid", "sample")
+    assert without_times(records(tmp_path / "run", *kinds)) == without_times(records(tmp_path / "whole", *kinds))
+
+
+def test_a_damaged_checkpoint_is_skipped_and_the_log_says_so(text: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config = small_config(text)
+    run = train_quietly(config, tmp_path / "run", cache_dir).run.path
+    kinds = ("train", "valid", "sample")
+    measured = without_times(records(run, *kinds))
+    (run / "checkpoints" / "step-6" / "model.safetensors").write_bytes(b"")
+    train_quietly(config, run, cache_dir, resume=True)
+    resumed = records(run, "event")[-2]
+    assert "skipped checkpoint step-6: model.safetensors is damaged" in resumed["detail"]
+    assert "continued from checkpoint step-3" in resumed["detail"]
+    assert without_times(records(run, *kinds)) == measured
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_can_be_resumed(
+    text: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    config = small_config(text, steps=8, eval_every=100, checkpoint_every=100)
+    run = tmp_path / "run"
+    train_step = Trainer.train_step
+
+    def signalled(self: Trainer) -> StepResult:
+        result = train_step(self)
+        if self.step == 5:
+            os.kill(os.getpid(), number)
+        return result
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", signalled)
+        outcome = train_quietly(config, run, cache_dir)
+    assert signal.getsignal(number) is handler
+    assert (outcome.status, outcome.signal_number) == ("interrupted", number)
+    assert [line["event"] for line in records(run, "event")] == ["started", "interrupted"]
+    assert (run / "checkpoints" / "step-5").is_dir()
+    assert (run / "model" / "model.safetensors").is_file()
+    assert train_quietly(config, run, cache_dir, resume=True).status == "finished"
+    train_quietly(config, tmp_path / "whole", cache_dir)
+    assert without_times(records(run, "train", "valid")) == without_times(records(tmp_path / "whole", "train", "valid"))
+
+
+def test_a_value_that_is_not_finite_ends_the_run_with_its_last_checkpoint(
+    text: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(text)
+    error = NonFiniteError("step 5: expected finite losses")
+    with monkeypatch.context() as patch, pytest.raises(NonFiniteError):
+        patch.setattr(Trainer, "train_step", _raising(Trainer.train_step, at=4, error=error))
+        train_quietly(config, tmp_path / "run", cache_dir)
+    assert records(tmp_path / "run", "event")[-1] == {
+        "kind": "event",
+        "step": 4,
+        "event": "non_finite",
+        "detail": "step 5: expected finite losses",
+    }
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-3"]
+    assert train_quietly(config, tmp_path / "run", cache_dir, resume=True).status == "finished"
+
+
+def test_a_full_disk_ends_the_run_with_its_last_checkpoint(
+    text: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from localexit.train import checkpoint
+
+    save = checkpoint.save_file
+    calls = 0
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 4:
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(RunFailedError, match=r"No space left.*the last checkpoint is whole"):
+        train_quietly(small_config(text), tmp_path / "run", cache_dir)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-3"]
+
+
+@pytest.mark.parametrize(("exits", "num_exits"), [("every:2", 1), ("0", 2)])
+def test_options_of_the_exits_are_applied(
+    text: Path, cache_dir: Path, tmp_path: Path, exits: str, num_exits: int
+) -> None:
+    config = small_config(text, exits=exits, steps=3, exit_norm="copy")
+    run = train_quietly(config, tmp_path / "run", cache_dir).run.path
+    assert len(records(run, "train")[0]["loss"]) == num_exits
+    tensors = load_file(run / "model" / "exits.safetensors")
+    assert any(name.startswith("exit_norms.") for name in tensors) == (num_exits > 1)
+    assert "feedback.rows" in tensors
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": 1e-2},
+        {"betas": (0.5, 0.6)},
+        {"weight_decay": 5.0},
+        {"clip": 1e-3},
+        {"label_smoothing": 0.3},
+        {"z_loss": 0.1},
+        {"seed": 5},
+        {"precision": "bf16"},
+        {"warmup_steps": 0},
+        {"decay": "cosine"},
+        {"final_lr": 0.9},
+        {"accumulate": 2},
+        {"exit_norm": "none"},
+        {"train_blocks": False},
+        {"vocab_size": 300},
+        {"feedback": FeedbackSpec.parse("mirror_sampled:num_pairs=2")},
+    ],
+)
+def test_every_option_changes_what_is_learned(
+    text: Path, cache_dir: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {"eval_every": 100, "checkpoint_every": 100, "sample_tokens": 0, "lr": 1e-3}
+    plain = train_quietly(small_config(text, **options), tmp_path / "plain", cache_dir).run.path
+    other = train_quietly(small_config(text, **{**options, **change}), tmp_path / "other", cache_dir).run.path
+    assert records(plain, "valid")[-1]["loss"] != records(other, "valid")[-1]["loss"]
+
+
+def test_logging_less_often_keeps_the_last_step(text: Path, cache_dir: Path, tmp_path: Path) -> None:
+    run = train_quietly(small_config(text, log_every=4), tmp_path / "run", cache_dir).run.path
+    assert [line["step"] for line in records(run, "train")] == [4, 6]
+
+
+def test_a_model_in_a_folder_is_trained_on(text: Path, cache_dir: Path, tmp_path: Path) -> None:
+    first = train_quietly(small_config(text, steps=30, lr=1e-2), tmp_path / "first", cache_dir).run.path
+    config = small_config(text, model=str(first / "model"), vocab_size=None)
+    second = train_quietly(config, tmp_path / "second", cache_dir).run.path
+    untrained = train_quietly(small_config(text), tmp_path / "untrained", cache_dir).run.path
+    assert records(second, "train")[0]["loss"][-1] < records(untrained, "train")[0]["loss"][-1] - 0.3
+    with pytest.raises(ValueError, match="vocab_size is for presets"):
+        train_quietly(small_config(text, model=str(first / "model")), tmp_path / "third", cache_dir)
+    shutil.rmtree(first / "model")
+    (first / "model").mkdir()
+    with pytest.raises(ValueError, match="its tokenizer could not be loaded"):
+        train_quietly(config, tmp_path / "third", cache_dir)
+
+
+def test_devices_and_precisions_by_name() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda")
+    assert resolve_precision("auto", torch.device("cpu")) == torch.float32
+    assert resolve_precision("bf16", torch.device("cpu")) == torch.bfloat16
+    assert resolve_precision("fp32", torch.device("cpu")) == torch.float32
+
+
+def _raising(train_step: Any, *, at: int, error: BaseException) -> Any:
+    def step(self: Trainer) -> StepResult:
+        if self.step == at:
+            raise error
+        return train_step(self)
+
+    return step
