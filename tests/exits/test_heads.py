@@ -1,0 +1,148 @@
+"""`ExitHead` is the function with its arguments kept; the drop-in heads keep the original's interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers.budget import assert_close
+from helpers.cases import RULES, make_inputs, small_rule
+from localexit import (
+    DenseRandomCompressor,
+    ExactParallelExitHead,
+    ExitHead,
+    FactorizedExitHead,
+    HybridTopKTailSketchCompressor,
+    exit_cross_entropy,
+)
+
+WIDTH, VOCAB = 9, 40
+OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.2, "softcap": 3.0}
+
+
+def made_head(name: str, **options: Any) -> ExitHead:
+    head = ExitHead(WIDTH, VOCAB, feedback=small_rule(name, WIDTH, VOCAB), bias=True, dtype=torch.float64, **options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(generator=generator)
+    return head
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", RULES)
+def test_a_head_is_the_function(name: str, reduction: Any) -> None:
+    inputs = make_inputs(7, WIDTH, VOCAB, ignored=2)
+    head = made_head(name, reduction=reduction, exit_index=3, **OPTIONS)
+    weights = torch.linspace(-1, 2, 7, dtype=torch.float64)
+    one, two = (inputs.hidden.clone().requires_grad_() for _ in range(2))
+    loss = head(one, inputs.target, token_weight=weights)
+    loss.sum().backward()
+    same = exit_cross_entropy(
+        two,
+        head.weight,
+        inputs.target,
+        feedback=head.feedback,
+        linear_bias=head.bias,
+        token_weight=weights,
+        reduction=reduction,
+        exit_index=3,
+        **OPTIONS,
+    )
+    assert isinstance(same, Tensor)
+    same.sum().backward()
+    assert torch.equal(loss, same)
+    assert one.grad is not None
+    assert two.grad is not None
+    assert torch.equal(one.grad, two.grad)
+
+
+def test_a_head_passes_on_what_to_ignore_and_to_divide_by() -> None:
+    inputs = make_inputs(7, WIDTH, VOCAB)
+    inputs.target[:3] = 5
+    head = made_head("transport", ignore_index=5)
+    mean = head(inputs.hidden, inputs.target)
+    assert_close((head(inputs.hidden, inputs.target, num_items=8) * 8).detach(), (mean * 4).detach())
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_logits_are_those_of_the_loss(softcap: float | None) -> None:
+    inputs = make_inputs(7, WIDTH, VOCAB)
+    head = made_head("dense", softcap=softcap)
+    logits = head.logits(inputs.hidden.reshape(7, 1, WIDTH))
+    assert logits.shape == (7, 1, VOCAB)
+    loss = nn.functional.cross_entropy(logits[:, 0], inputs.target)
+    assert_close(loss.detach(), head(inputs.hidden, inputs.target).detach())
+
+
+def test_a_head_makes_or_shares_its_unembedding() -> None:
+    own = ExitHead(WIDTH, VOCAB)
+    assert own.feedback.name == "mirror_sampled"
+    assert [name for name, _ in own.named_parameters()] == ["weight"]
+    assert 0.01 < float(own.weight.detach().std()) < 0.03
+    tied = nn.Embedding(VOCAB, WIDTH)
+    shared = ExitHead(WIDTH, VOCAB, weight=tied.weight, bias=True, dtype=torch.float32)
+    assert shared.weight is tied.weight
+    assert shared.bias is not None
+    assert not shared.bias.any()
+    assert ExitHead(WIDTH, VOCAB, dtype=torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+def test_a_heads_seed_is_its_rules() -> None:
+    one, same, other = (ExitHead(WIDTH, VOCAB, feedback="dense", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one.feedback.codebook, same.feedback.codebook)
+    assert not torch.equal(one.feedback.codebook, other.feedback.codebook)
+
+
+def test_repr_of_a_head() -> None:
+    assert "9, 40, reduction='sum', softcap=3.0" in repr(made_head("dense", reduction="sum", softcap=3.0))
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("batch", [(6,), (2, 3), (1, 2, 3), (0,), (2, 0)])
+def test_drop_in_heads_take_any_batch(batch: tuple[int, ...], index_dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(VOCAB, WIDTH, generator=generator)
+    targets = torch.randint(VOCAB, batch, generator=generator).to(index_dtype)
+    heads: list[nn.Module] = [
+        FactorizedExitHead(WIDTH, VOCAB, rank=6, rank_exact=2, topk=3),
+        FactorizedExitHead(WIDTH, VOCAB, mode="dense", rank=6),
+        *(ExactParallelExitHead(WIDTH, VOCAB, mode=m, residual_rank=4) for m in ("parallel_only", "parallel_topmass")),
+    ]
+    for head in heads:
+        h = torch.randn(*batch, WIDTH, generator=generator, requires_grad=True)
+        logits = head(h, weight, targets)
+        assert torch.equal(logits, h @ weight.T)
+        logits.logsumexp(-1).sum().backward()
+        assert h.grad is not None
+        assert h.grad.shape == h.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_compressors_keep_shape_and_dtype(dtype: torch.dtype) -> None:
+    error = torch.randn(2, 3, VOCAB, generator=torch.Generator().manual_seed(0)).to(dtype)
+    targets = torch.arange(6).reshape(2, 3)
+    for compressor in (
+        DenseRandomCompressor(VOCAB, 5),
+        HybridTopKTailSketchCompressor(VOCAB, rank_exact=2, rank_tail=3),
+    ):
+        code = compressor.compress(error, targets)
+        assert code.shape == (2, 3, compressor.rank) == (2, 3, 5)
+        assert code.dtype == dtype
+        assert not code.requires_grad
+
+
+def test_a_compressor_computes_what_its_head_feeds_back() -> None:
+    inputs = make_inputs(7, WIDTH, VOCAB)
+    head = FactorizedExitHead(WIDTH, VOCAB, rank=6, rank_exact=2, topk=3, alpha_init=0.5).double()
+    h = inputs.hidden.requires_grad_()
+    logits = head(h, inputs.weight, inputs.target)
+    logits.retain_grad()
+    nn.functional.cross_entropy(logits, inputs.target).backward()
+    assert logits.grad is not None
+    assert h.grad is not None
+    code = head.compressor.compress(logits.grad, inputs.target)
+    assert_close(h.grad, 0.5 * code @ head.U.T, tolerance=1e-12)
