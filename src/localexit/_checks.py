@@ -293,11 +293,3 @@ def accumulator(name: str, total: Any, shape: Sequence[int], dtype: torch.dtype,
         got = f"{list(total.shape)} {total.dtype}" if isinstance(total, Tensor) else type(total).__name__
         raise ValueError(f"{name} must be a {list(shape)} tensor of {dtype} to sum in, got {got}")
     _same_device(name, total, weight, of="linear_weight")
-
-
-def choose_backend(backend: str) -> str:
-    """The backend that runs: "auto" chooses, a named one runs or raises its reason."""
-    choice("backend", backend, ("auto", "torch", "triton"))
-    if backend == "triton":
-        raise ValueError("backend='triton' is not available in this version; pass backend='auto' or 'torch'")
-    return "torch"

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -33,7 +32,7 @@ from exits.canaries import (
 )
 from localexit import ExitHead, exit_cross_entropy, exit_step
 from localexit.exits import operators
-from localexit.exits.chunked import PLAIN, Stages, run_exit
+from localexit.exits.chunked import PLAIN
 from localexit.exits.functional import ExitStats
 from localexit.exits.head_operators import exit_logits, exit_logits_backward
 from localexit.exits.operators import exit_loss, scale_gradients
@@ -417,8 +416,9 @@ def stage_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
         return run
 
-    counting = Stages(**{stage.name: counted(stage.name) for stage in fields(Stages)})
-    monkeypatch.setattr(operators, "run_exit", partial(run_exit, stages=counting))
+    stages = ("logits", "loss_and_error", "add_weight_grad", "feedback")
+    counting = replace(PLAIN, **{name: counted(name) for name in stages})
+    monkeypatch.setattr(operators, "stages_of", lambda _: counting)
     return calls
 
 
@@ -546,6 +546,7 @@ def loss_arguments(name: str, **changes: Any) -> tuple[Any, ...]:
         "need_weight": True,
         "need_bias": False,
         "need_stats": False,
+        "backend": "torch",
     }
     assert not changes.keys() - arguments.keys()
     return tuple((arguments | changes).values())

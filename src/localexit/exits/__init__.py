@@ -1,4 +1,4 @@
-"""The exit: loss, error, the exact gradient of the unembedding, and the call of the feedback rule."""
+"""The exit: logits, eq. (1); loss and error, eq. (2); the exact dW and db, eq. (3); the call of the feedback rule."""
 
 from localexit.exits.functional import ExitStats, ExitStep, exit_cross_entropy, exit_step
 from localexit.exits.heads import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,10 +10,7 @@ from torch import Tensor
 
 from localexit import _checks
 from localexit.exits.loss import LossOptions, RowResult, loss_and_error
-from localexit.feedback.base import Anchors, Error, Feedback, Tokens, accumulate_dtype
-
-# Bytes of the chunk buffer. On the CPU about where the two large products are at full speed; see docs/performance.md.
-DEFAULT_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+from localexit.feedback.base import Anchors, Error, Feedback, Tokens, accumulate_dtype, product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +31,7 @@ class ExitCall:
         chunk_bytes: size of the chunk buffer in bytes.
         need_hidden, need_weight, need_bias: what to compute besides the loss.
         need_stats: also arg-max and entropy.
+        backend: name of the backend that was chosen.
     """
 
     hidden: Tensor
@@ -51,6 +49,7 @@ class ExitCall:
     need_weight: bool = True
     need_bias: bool = True
     need_stats: bool = False
+    backend: str = "torch"
 
     @property
     def need_error(self) -> bool:
@@ -86,16 +85,35 @@ class ExitResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """The steps of a chunk, so that kernels and audits can replace one without touching the loop."""
+    """The steps of a chunk, so that kernels and audits can replace one without touching the loop.
 
+    Attributes:
+        name: the backend's name.
+        logits: fills a buffer [n, V] with the logits of a chunk.
+        loss_and_error: turns the buffer into the values of the error, see `exits.loss.loss_and_error`.
+        add_weight_grad: adds the product with the hidden states to dW, or starts it.
+        view: makes the rule's view of the error from values, scale and what the rows yielded.
+        feedback: calls the rule.
+        has_bias: whether `logits` adds the bias; else `loss_and_error` does.
+        buffer_dtype: dtype of the buffer, for a call.
+        value_dtype: dtype of the values in the products with the error, for a call.
+        chunk_bytes: default size of the buffer, by device type.
+    """
+
+    name: str
     logits: Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
     loss_and_error: Callable[..., RowResult]
-    add_weight_grad: Callable[[Tensor, Tensor, Tensor], None]
+    add_weight_grad: Callable[[Tensor | None, Tensor, Tensor], Tensor]
+    view: Callable[[Tensor, Tensor, RowResult], Error]
     feedback: Callable[[Feedback, Error, Tokens, tuple[Tensor, ...]], Tensor]
+    has_bias: bool
+    buffer_dtype: Callable[[ExitCall], torch.dtype]
+    value_dtype: Callable[[ExitCall], torch.dtype]
+    chunk_bytes: Mapping[str, int]
 
 
 def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Raw logits of a chunk into `out` [n, V], which has the accumulation dtype."""
+    """Raw logits of a chunk into `out` [n, V]."""
     if out.dtype == hidden.dtype:
         torch.mm(hidden, weight.T, out=out)
     elif hidden.is_cuda:
@@ -106,26 +124,50 @@ def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tenso
         out.add_(bias)
 
 
-def plain_add_weight_grad(total: Tensor, values: Tensor, scaled_hidden: Tensor) -> None:
-    """`total += valuesᵀ @ scaled_hidden` with the sum kept in the dtype of `total`."""
+def add_weight_grad(total: Tensor | None, values: Tensor, scaled_hidden: Tensor) -> Tensor:
+    """`total + valuesᵀ @ scaled_hidden`, in place where there is a total, summed in the dtype of `total`."""
+    if total is None:
+        return torch.mm(values.T, scaled_hidden)
     if values.dtype == total.dtype:
-        total.addmm_(values.T, scaled_hidden.to(total.dtype))
-    else:
-        product = torch.mm(values.T, scaled_hidden.to(values.dtype), out_dtype=total.dtype)
-        total.add_(product)
+        return total.addmm_(values.T, scaled_hidden)
+    return torch.addmm(total, values.T, scaled_hidden, out_dtype=total.dtype, out=total)
 
 
-def plain_feedback(rule: Feedback, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
+def plain_view(values: Tensor, scale: Tensor, result: RowResult) -> Error:
+    """The view of the error of a chunk."""
+    return Error(values=values, scale=scale, logit_product=result.logit_product)
+
+
+def call_rule(rule: Feedback, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
     """The feedback stage: everything it gets is an argument, and none of it is the unembedding."""
     feedback: Tensor = rule(error, tokens, prepared)
     return feedback
 
 
+def _sum_dtype(call: ExitCall) -> torch.dtype:
+    return accumulate_dtype(call.compute_dtype)
+
+
+def _plain_value_dtype(call: ExitCall) -> torch.dtype:
+    # bf16 products accumulate in fp32 on a GPU. On the CPU they are slow and round each chunk's sum; fp16 cannot hold
+    # errors of 1/count: both take the products with the error in fp32.
+    if call.hidden.is_cuda and call.compute_dtype == torch.bfloat16:
+        return torch.bfloat16
+    return _sum_dtype(call)
+
+
 PLAIN = Stages(
+    name="torch",
     logits=plain_logits,
     loss_and_error=loss_and_error,
-    add_weight_grad=plain_add_weight_grad,
-    feedback=plain_feedback,
+    add_weight_grad=add_weight_grad,
+    view=plain_view,
+    feedback=call_rule,
+    has_bias=True,
+    buffer_dtype=_sum_dtype,
+    value_dtype=_plain_value_dtype,
+    # On the CPU about where the two large products are at full speed; see docs/performance.md.
+    chunk_bytes={"cpu": 32 * 2**20, "cuda": 512 * 2**20},
 )
 
 
@@ -142,7 +184,7 @@ def run_exit(
         call: the exit.
         weight_grad: [V, D] accumulator in the accumulation dtype that dW is added to; None makes one.
         bias_grad: [V] accumulator likewise.
-        stages: the steps to use.
+        stages: the steps to use, those of a backend.
     """
     loop = _Loop(call, stages, weight_grad, bias_grad)
     for rows in loop.chunks:
@@ -157,21 +199,13 @@ def chunk_rows(num_rows: int, vocab_size: int, itemsize: int, chunk_bytes: int) 
     return -(-num_rows // num_chunks)
 
 
-def _chunks(call: ExitCall) -> Sequence[slice]:
+def _chunks(call: ExitCall, stages: Stages) -> Sequence[slice]:
     num_rows = call.hidden.shape[0]
     if num_rows == 0:
         return []
-    budget = call.chunk_bytes or DEFAULT_CHUNK_BYTES.get(call.hidden.device.type, DEFAULT_CHUNK_BYTES["cpu"])
-    size = chunk_rows(num_rows, call.weight.shape[0], accumulate_dtype(call.compute_dtype).itemsize, budget)
+    budget = call.chunk_bytes or stages.chunk_bytes.get(call.hidden.device.type, stages.chunk_bytes["cpu"])
+    size = chunk_rows(num_rows, call.weight.shape[0], stages.buffer_dtype(call).itemsize, budget)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
-
-
-def _value_dtype(call: ExitCall) -> torch.dtype:
-    # bf16 products accumulate in fp32 on a GPU. On the CPU they are slow and round each chunk's sum; fp16 cannot hold
-    # errors of 1/count: both take the products with the error in fp32.
-    if call.hidden.is_cuda and call.compute_dtype == torch.bfloat16:
-        return torch.bfloat16
-    return accumulate_dtype(call.compute_dtype)
 
 
 def _feedback_like(hidden: Tensor) -> Tensor:
@@ -190,7 +224,7 @@ class _Loop:
         self.call = call
         self.stages = stages
         self.sum_dtype = accumulate_dtype(call.compute_dtype)
-        self.value_dtype = _value_dtype(call)
+        self.value_dtype = stages.value_dtype(call)
         num_rows, vocab_size = call.hidden.shape[0], call.weight.shape[0]
         is_counted = call.target != call.options.ignore_index
         self.is_bad = is_counted & ((call.target < 0) | (call.target >= vocab_size))
@@ -202,14 +236,14 @@ class _Loop:
         self.scale = torch.where(self.is_counted, call.row_weight, 0).to(self.sum_dtype)
         self.weight = call.weight.to(call.compute_dtype)
         self.bias = None if call.bias is None else call.bias.to(self.sum_dtype)
-        self.weight_grad = self._accumulator(weight_grad, call.weight.shape, call.need_weight)
+        self.chunks = _chunks(call, stages)
+        self.weight_grad = self._weight_accumulator(weight_grad)
         self.bias_grad = self._accumulator(bias_grad, (vocab_size,), call.need_bias)
         self.feedback = _feedback_like(call.hidden) if call.need_hidden else None
-        self.prepared = call.rule.prepare(self._measure_anchors(), self.value_dtype) if call.need_hidden else ()
+        self.prepared: tuple[Tensor, ...] | None = None
         rows = call.hidden.new_zeros(num_rows, dtype=self.sum_dtype)
         self.loss, self.lse, self.log_prob = rows, rows.clone(), rows.clone()
-        self.chunks = _chunks(call)
-        self.buffer = call.hidden.new_empty(self._most_rows(), vocab_size, dtype=self.sum_dtype)
+        self.buffer = call.hidden.new_empty(self._most_rows(), vocab_size, dtype=stages.buffer_dtype(call))
         self.entropy = rows.clone() if call.need_stats else rows.new_empty(0)
         self.argmax = self.target.clone() if call.need_stats else self.target.new_empty(0)
 
@@ -221,21 +255,39 @@ class _Loop:
             return None
         return given if given is not None else self.call.hidden.new_zeros(shape, dtype=self.sum_dtype)
 
+    def _weight_accumulator(self, given: Tensor | None) -> Tensor | None:
+        # One chunk whose product has the gradient's own dtype is rounded once: it needs no accumulator.
+        is_whole = len(self.chunks) == 1 and self.value_dtype == self.call.weight.dtype
+        if given is None and is_whole:
+            return None
+        return self._accumulator(given, self.call.weight.shape, self.call.need_weight)
+
     def _clean_hidden(self, rows: slice | Tensor) -> Tensor:
         """Hidden states with ignored rows selected away: 0 times what an ignored row holds may be NaN."""
         hidden = torch.where(self.is_counted[rows, None], self.call.hidden[rows], 0)
         return hidden.to(self.call.compute_dtype)
 
-    def _measure_anchors(self) -> Anchors | None:
-        if self.call.anchor_rows is None:
-            return None
-        return measure(self._clean_hidden(self.call.anchor_rows), self.weight, self.is_counted[self.call.anchor_rows])
+    def _prepare(self, logits: Tensor) -> tuple[Tensor, ...]:
+        """What the rule makes once a call, from anchors measured before the error takes the logits' place."""
+        rows = self.call.anchor_rows
+        if rows is None:
+            return self.call.rule.prepare(None, self.value_dtype)
+        hidden, is_counted = self._clean_hidden(rows), self.is_counted[rows]
+        if len(self.chunks) > 1:
+            return self.call.rule.prepare(measure(hidden, self.weight, is_counted), self.value_dtype)
+        measured = logits[rows]
+        if self.bias is not None and self.stages.has_bias:
+            measured = measured - self.bias
+        anchors = Anchors(hidden=hidden, logits=measured, count=is_counted.sum())
+        return self.call.rule.prepare(anchors, self.value_dtype)
 
     def step(self, rows: slice) -> None:
         call = self.call
         hidden = self._clean_hidden(rows)
         logits = self.buffer[: rows.stop - rows.start]
         self.stages.logits(hidden, self.weight, self.bias, logits)
+        if call.need_hidden and self.prepared is None:
+            self.prepared = self._prepare(logits)
         result = self.stages.loss_and_error(
             logits,
             self.target[rows],
@@ -243,31 +295,32 @@ class _Loop:
             bias=self.bias,
             need_error=call.need_error,
             need_logits=call.need_hidden and call.rule.needs_logits,
+            need_groups=call.need_hidden and call.rule.num_draws > 0,
             need_stats=call.need_stats,
         )
         self._keep_rows(rows, result)
         if call.need_error:
             values = logits.to(self.value_dtype)
-            self._add_grads(rows, hidden, values)
-            self._add_feedback(rows, hidden, values, result)
+            scale = self.scale[rows] if result.scale is None else self.scale[rows] * result.scale
+            self._add_grads(hidden, values, scale)
+            self._add_feedback(rows, hidden, values, scale, result)
 
     def _keep_rows(self, rows: slice, result: RowResult) -> None:
         self.loss[rows], self.lse[rows], self.log_prob[rows] = result.loss, result.lse, result.log_prob
         if self.call.need_stats:
             self.argmax[rows], self.entropy[rows] = result.argmax, result.entropy
 
-    def _add_grads(self, rows: slice, hidden: Tensor, values: Tensor) -> None:
-        scale = self.scale[rows]
-        if self.weight_grad is not None:
-            scaled = hidden.to(self.sum_dtype) * scale[:, None]
-            self.stages.add_weight_grad(self.weight_grad, values, scaled)
+    def _add_grads(self, hidden: Tensor, values: Tensor, scale: Tensor) -> None:
+        if self.call.need_weight:
+            scaled = torch.mul(hidden, scale[:, None], out=hidden.new_empty(hidden.shape, dtype=values.dtype))
+            self.weight_grad = self.stages.add_weight_grad(self.weight_grad, values, scaled)
         if self.bias_grad is not None:
-            self.bias_grad += values.T.to(self.sum_dtype) @ scale
+            self.bias_grad += product(values.T, scale[:, None].to(values.dtype), self.sum_dtype)[:, 0]
 
-    def _add_feedback(self, rows: slice, hidden: Tensor, values: Tensor, result: RowResult) -> None:
-        if self.feedback is None:
+    def _add_feedback(self, rows: slice, hidden: Tensor, values: Tensor, scale: Tensor, result: RowResult) -> None:
+        if self.feedback is None or self.prepared is None:
             return
-        error = Error(values=values, scale=self.scale[rows], logit_product=result.logit_product)
+        error = self.stages.view(values, scale, result)
         tokens = Tokens(
             hidden=hidden,
             target=self.target[rows],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from localexit import _checks
+from localexit.exits.backends import Backend, choose_backend, stages_of
 from localexit.exits.chunked import ExitCall, ExitResult, measure, run_exit
 from localexit.exits.loss import LossOptions
 from localexit.exits.operators import exit_loss
@@ -18,7 +19,6 @@ from localexit.feedback.registry import from_spec
 from localexit.feedback.rows import WeightMirror
 
 Reduction = Literal["mean", "sum", "none"]
-Backend = Literal["auto", "torch", "triton"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +169,7 @@ def exit_cross_entropy(
         call.need_weight,
         call.need_bias,
         call.need_stats,
+        call.backend,
     )
     loss = loss if reduction != "none" else loss.reshape(target.shape)
     if not return_stats:
@@ -242,7 +243,7 @@ def exit_step(
         if feedback.training:
             _collect_pairs(feedback, call, exit_index)
         with torch.autocast(input.device.type, enabled=False):
-            result = run_exit(call, weight_grad=grad_weight, bias_grad=grad_bias)
+            result = run_exit(call, weight_grad=grad_weight, bias_grad=grad_bias, stages=stages_of(call.backend))
         return _exit_step(call, result, input, target)
 
 
@@ -286,7 +287,6 @@ def _build_call(
     _checks.call_options(options.ignore_index, exit_index, chunk_bytes)
     _checks.num_items(num_items, reduction, input)
     _checks.token_weight(token_weight, target)
-    _checks.choose_backend(backend)
     compute_dtype = product_dtype(input, weight)
     flat_target = target.reshape(-1)
     is_counted = flat_target != options.ignore_index
@@ -309,6 +309,9 @@ def _build_call(
         need_weight=need_weight,
         need_bias=need_bias,
         need_stats=need_stats,
+        backend=choose_backend(
+            backend, device=input.device, compute_dtype=compute_dtype, rule=feedback, options=options
+        ),
     )
 
 
@@ -384,5 +387,5 @@ def _stats(
         num_anchors=num_tokens.clamp_max(call.rule.num_anchors),
         bad_target=is_bad.any(),
         feedback=call.rule.name,
-        backend="torch",
+        backend=call.backend,
     )

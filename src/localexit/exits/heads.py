@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from localexit import _checks
-from localexit.exits.functional import Backend, Reduction, exit_cross_entropy, product_dtype
+from localexit.exits.backends import BACKENDS, Backend
+from localexit.exits.functional import Reduction, exit_cross_entropy, product_dtype
 from localexit.exits.head_operators import exit_logits
 from localexit.feedback.base import Error, Feedback, spec_text
 from localexit.feedback.codes import (
@@ -63,7 +64,7 @@ class ExitHead(nn.Module):
         super().__init__()
         _checks.loss_options(reduction, label_smoothing, z_loss, softcap)
         _checks.call_options(ignore_index, exit_index, None)
-        _checks.choose_backend(backend)
+        _checks.choice("backend", backend, BACKENDS)
         if isinstance(feedback, str):
             feedback = make_feedback(feedback, hidden_size, vocab_size, seed=seed).to(device)
         self.feedback = feedback

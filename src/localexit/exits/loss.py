@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from localexit.feedback.groups import by_rows
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
@@ -34,6 +36,7 @@ class RowResult:
         log_prob: [n], log-probability of the gold token.
         argmax: int64 [n], or empty when no statistics were asked for.
         entropy: [n] in nats, or empty likewise.
+        scale: [n], the error is this times what stands in place of the logits; None means one.
         raw: [n, V] the raw logits, kept only where something needs them.
         logit_product: [n] `<error, z - b>`, for rules with `needs_logits`.
     """
@@ -43,6 +46,7 @@ class RowResult:
     log_prob: Tensor
     argmax: Tensor
     entropy: Tensor
+    scale: Tensor | None = None
     raw: Tensor | None = None
     logit_product: Tensor | None = None
 
@@ -55,6 +59,7 @@ def loss_and_error(
     bias: Tensor | None = None,
     need_error: bool = True,
     need_logits: bool = False,
+    need_groups: bool = False,
     need_stats: bool = False,
 ) -> RowResult:
     """Turn raw logits [n, V] into the error for row weight one, in place, and return what the rows yield.
@@ -64,24 +69,25 @@ def loss_and_error(
         target: int64 [n] in 0..V-1.
         options: options of the loss.
         bias: [V], already part of the logits; `logit_product` leaves it out.
-        need_error: False for the loss alone (`logits` then hold log-probabilities).
+        need_error: False for the loss alone (`logits` then hold probabilities).
         need_logits: keep the raw logits and their product with the error.
+        need_groups: a backend may keep sums of groups for draws; this one does not.
         need_stats: also arg-max and entropy.
     """
+    del need_groups
     gold = target[:, None]
     keeps_raw = need_error and (need_logits or options.softcap is not None)
     raw = logits.clone() if keeps_raw else None
     _apply_softcap(logits, options.softcap)
-    largest = logits.amax(1)
-    log_probs = torch.log_softmax(logits, dim=1, out=logits)
-    # The largest entry is the one whose difference loses nothing.
-    lse = largest - log_probs.amax(1)
-    log_prob = log_probs.gather(1, gold)[:, 0]
-    loss = _loss(log_probs, log_prob, lse, options)
-    empty = loss.new_empty(0)
-    argmax = log_probs.argmax(1) if need_stats else target.new_empty(0)
-    probs = log_probs.exp_() if need_error or need_stats else log_probs
-    entropy = torch.special.entr(probs).sum(1) if need_stats else empty
+    largest, gold_logit = logits.amax(1), logits.gather(1, gold)[:, 0]
+    mean = logits.mean(1) if options.label_smoothing else None
+    probs = torch.softmax(logits, dim=1, out=logits)
+    # log Σ exp(z - largest): the largest entry is exp(0) over that sum. Differences to it lose nothing.
+    log_sum = -probs.amax(1).log()
+    lse, log_prob = largest + log_sum, (gold_logit - largest) - log_sum
+    loss = _loss(log_prob, lse, mean, options)
+    argmax = probs.argmax(1) if need_stats else target.new_empty(0)
+    entropy = by_rows(_entropy, probs) if need_stats else loss.new_empty(0)
     product = None
     if need_error:
         _probs_to_error(probs, gold, lse, raw, options)
@@ -96,14 +102,19 @@ def _apply_softcap(logits: Tensor, softcap: float | None) -> None:
         logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def _loss(log_probs: Tensor, log_prob: Tensor, lse: Tensor, options: LossOptions) -> Tensor:
+def _loss(log_prob: Tensor, lse: Tensor, mean: Tensor | None, options: LossOptions) -> Tensor:
     loss = -log_prob
-    if options.label_smoothing:
+    if mean is not None:
         smooth = options.label_smoothing
-        loss = (1 - smooth) * loss - smooth * log_probs.mean(1)
+        loss = (1 - smooth) * loss + smooth * (lse - mean)
     if options.z_loss:
         loss = loss + options.z_loss * lse.square()
     return loss
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    # 0 log 0 = 0; and much faster than `torch.special.entr`, which takes one logarithm at a time.
+    return -(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(1)
 
 
 def _probs_to_error(probs: Tensor, gold: Tensor, lse: Tensor, raw: Tensor | None, options: LossOptions) -> None:
@@ -126,4 +137,4 @@ def _logit_product(error: Tensor, raw: Tensor | None, bias: Tensor | None) -> Te
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of the rows of two [n, V] matrices: [n]."""
     # `sum` adds pairwise. A matrix product adds one after the other, and at V = 5000 is off by forty times as much.
-    return (a * b).sum(1)
+    return by_rows(lambda a, b: (a * b).sum(1), a, b)

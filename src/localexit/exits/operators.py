@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from localexit.exits.backends import stages_of
 from localexit.exits.chunked import ExitCall, ExitResult, run_exit, storage_dtype
 from localexit.exits.loss import LossOptions
 from localexit.feedback.base import accumulate_dtype
@@ -43,6 +44,7 @@ def exit_loss(
     need_weight: bool,
     need_bias: bool,
     need_stats: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss of one exit and, when `is_summed`, the gradients of the sum, finished; see `ExitCall` for the arguments.
 
@@ -69,10 +71,11 @@ def exit_loss(
         need_weight=need_weight and is_summed,
         need_bias=need_bias and is_summed,
         need_stats=need_stats,
+        backend=backend,
     )
     # The dtypes are decided: an autocast region around the call must not change the products inside.
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        return _outputs(call, run_exit(call), is_summed)
+        return _outputs(call, run_exit(call, stages=stages_of(backend)), is_summed)
 
 
 def _outputs(call: ExitCall, result: ExitResult, is_summed: bool) -> _Outputs:
@@ -118,6 +121,7 @@ def _exit_loss_fake(
     need_weight: bool,
     need_bias: bool,
     need_stats: bool,
+    backend: str,
 ) -> _Outputs:
     dtype = accumulate_dtype(compute_dtype)
     num_rows = hidden.shape[0]

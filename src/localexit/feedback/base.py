@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 
 from localexit import _checks
 from localexit.feedback.draws import fresh_seed
+from localexit.feedback.groups import GROUP, draw, largest
 
-# Entries of the error are summed in groups of this many when a token is drawn, so that a draw touches one group only.
-DRAW_GROUP = 128
+DRAW_GROUP = GROUP
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,7 +56,7 @@ class Error:
 
     def matmul(self, codes: Tensor) -> Tensor:
         """`e @ codes` for codes [V, R] in the dtype of `values`: [n, R], in the accumulation dtype."""
-        return self._scaled(self.values @ codes)
+        return self._scaled(product(self.values, codes, self.scale.dtype))
 
     def gather(self, ids: Tensor) -> Tensor:
         """The entries e[i, ids[i, j]] for int64 ids [n, k]: [n, k]."""
@@ -65,8 +64,7 @@ class Error:
 
     def topk(self, k: int, exclude: Tensor) -> Tensor:
         """Ids [n, k] of the k entries largest in magnitude, leaving out `exclude` [n] (the gold token)."""
-        magnitude = self._magnitude.scatter(1, exclude[:, None], -1.0)
-        return magnitude.topk(k, dim=1).indices
+        return largest(self.values, k, exclude)
 
     def dot_logits(self) -> Tensor:
         """`<e, z - b>` with the raw logits z: [n]."""
@@ -84,34 +82,39 @@ class Error:
             ids int64 [n, m] and weights [n, m] such that `Σ_j weights[j] b[ids[j]]` is an unbiased estimate of
             `Σ_{v not in exclude} e_v b_v`: each weight is the sign of its entry times (remaining mass) / m.
         """
-        mass = self._magnitude.scatter(1, exclude, 0.0)
-        padded = nn.functional.pad(mass, (0, -mass.shape[1] % DRAW_GROUP))
-        groups = padded.view(mass.shape[0], -1, DRAW_GROUP)
-        group_sums = groups.sum(-1, dtype=self.scale.dtype)  # [n, G]
-        group, rest = _invert(group_sums, uniforms.to(self.scale.dtype) * group_sums.sum(-1, keepdim=True))
-        inside = groups.gather(1, group[..., None].expand(-1, -1, DRAW_GROUP))  # [n, m, group]
-        offset, _ = _invert(inside.to(self.scale.dtype), rest[..., None])
-        # A rounding error at the very end of the last group may point into the padding: there the weight is zero.
-        ids = group * DRAW_GROUP + offset[..., 0]
-        in_range = ids < mass.shape[1]
-        ids = ids.clamp_max(mass.shape[1] - 1)
-        signs = self.values.gather(1, ids).sign().to(self.scale.dtype) * (mass.gather(1, ids) > 0) * in_range
-        weights = signs * group_sums.sum(-1, keepdim=True) / uniforms.shape[1]
+        ids, is_drawn, total = draw(self.values, uniforms.to(self.scale.dtype), exclude)
+        weights = self.values.gather(1, ids).sign().to(self.scale.dtype) * is_drawn * total / uniforms.shape[1]
         return ids, self._scaled(weights)
 
-    @cached_property
-    def _magnitude(self) -> Tensor:
-        return self.values.abs()
+    def select(self, k: int, uniforms: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The entries of an unbiased estimate of `e @ rows` from few rows: gold, the top-k, and draws from the rest.
+
+        Args:
+            k: entries kept besides gold, at most V - 1 are.
+            uniforms: fp32 [n, m] in [0, 1).
+            target: int64 [n].
+
+        Returns:
+            ids int64 [n, 1 + k + m] and weights [n, 1 + k + m]; eq. (12) is their sum of weighted rows.
+        """
+        kept = torch.cat([target[:, None], self.topk(min(k, self.values.shape[1] - 1), target)], dim=1)
+        drawn, weights = self.sample(uniforms, kept)
+        return torch.cat([kept, drawn], dim=1), torch.cat([self.gather(kept), weights], dim=1)
+
+    def weighted_rows(self, ids: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+        """Σ_j weights[i, j] rows[ids[i, j]] for each i, without a [n, k, D] tensor: [n, D] in the rows' dtype."""
+        weights = weights.to(rows.dtype)
+        return nn.functional.embedding_bag(ids, rows, per_sample_weights=weights, mode="sum")
 
     def _scaled(self, rows: Tensor) -> Tensor:
         return self.scale[:, None] * rows.to(self.scale.dtype)
 
 
-def _invert(mass: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """First index whose running sum of `mass` exceeds `threshold`, and what is left of the threshold inside it."""
-    running = mass.cumsum(-1)
-    index = torch.searchsorted(running, threshold, right=True).clamp_max(mass.shape[-1] - 1)
-    return index, threshold - (running.gather(-1, index) - mass.gather(-1, index))
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a @ b` in `dtype`: a GPU's low-precision products are summed, and here also returned, in fp32."""
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ def topmass_code(error: Error, tokens: Tokens, codes: Tensor, *, threshold: floa
         # Looking costs a synchronisation on a GPU.
         _warn_if_cut(is_cut & (error.scale != 0), cap)
     entries = error.gather(ids) * (is_inside & (ids != tokens.target[:, None]))
-    return gold_code(error, tokens, codes) + weighted_rows(ids, entries, codes)
+    return gold_code(error, tokens, codes) + error.weighted_rows(ids, entries, codes)
 
 
 def _warn_if_cut(is_cut: Tensor, cap: int) -> None:
@@ -80,11 +80,6 @@ def _warn_if_cut(is_cut: Tensor, cap: int) -> None:
 def gold_code(error: Error, tokens: Tokens, codes: Tensor) -> Tensor:
     """e[gold] q_gold: [n, R]."""
     return error.gather(tokens.target[:, None]) * codes[tokens.target]
-
-
-def weighted_rows(ids: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
-    """Σ_j weights[i, j] rows[ids[i, j]] for each i, without a [n, k, R] tensor: [n, R] in the rows' dtype."""
-    return torch.nn.functional.embedding_bag(ids, rows, per_sample_weights=weights.to(rows.dtype), mode="sum")
 
 
 class ExactParallel(Feedback):

@@ -111,6 +111,9 @@ def feedback_options(name: str) -> tuple[str, ...]:
 def make_feedback(name: str, hidden_size: int, vocab_size: int, *, seed: int | None = 0, **options: Any) -> Feedback:
     """Build a feedback rule by name.
 
+    >>> make_feedback("anchors", hidden_size=64, vocab_size=1000, num_anchors=32)
+    LogitAnchors(hidden_size=64, vocab_size=1000, ridge=0.001, num_anchors=32)
+
     Args:
         name: one of `feedback_names()`.
         hidden_size: D, width of the hidden state.

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from localexit import _checks
 from localexit.feedback.base import Anchors, Error, Feedback, Tokens
-from localexit.feedback.parallel import weighted_rows
 from localexit.feedback.ridge import ridge_rows
 
 
@@ -22,11 +21,8 @@ def sampled_rows(error: Error, tokens: Tokens, rows: Tensor, *, topk: int) -> Te
     error of n tokens; rows [V, D]; the draws are `tokens.uniforms`. Returns [n, D].
     """
     assert tokens.uniforms is not None, "the caller draws uniforms for rules with num_draws"
-    top = error.topk(min(topk, rows.shape[0] - 1), tokens.target)
-    kept = torch.cat([tokens.target[:, None], top], dim=1)
-    drawn, weights = error.sample(tokens.uniforms, kept)
-    ids = torch.cat([kept, drawn], dim=1)
-    return weighted_rows(ids, torch.cat([error.gather(kept), weights], dim=1), rows)
+    ids, weights = error.select(topk, tokens.uniforms, tokens.target)
+    return error.weighted_rows(ids, weights, rows)
 
 
 class _Rows(Feedback):
@@ -43,7 +39,8 @@ class _Rows(Feedback):
         self.num_draws = _checks.count("num_draws", num_draws, minimum=1) if sampled else 0
 
     def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (self.rows.to(dtype),)
+        # Few rows are gathered: converting all of them would cost more. fp64 is for proofs.
+        return (self.rows if self.sampled and dtype != torch.float64 else self.rows.to(dtype),)
 
     def forward(self, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
         (rows,) = prepared

@@ -1,0 +1,98 @@
+"""Top-k and draws over a vocabulary: a pass over groups of entries, then a look into the few groups that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Entries of the error are summed in groups of this many when a token is drawn, so that a draw touches one group only.
+GROUP = 128
+# Entries a CPU works on at a time, 4 MiB in fp32: what is made in between stays in its cache.
+_BLOCK = 2**20
+
+
+def by_rows(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+    """`function(*matrices)`, which works row by row; on the CPU a few rows at a time."""
+    if matrices[0].is_cuda:
+        return function(*matrices)
+    num_rows = max(1, _BLOCK // matrices[0].shape[1])
+    parts = zip(*(matrix.split(num_rows) for matrix in matrices), strict=True)
+    return torch.cat([function(*part) for part in parts])
+
+
+def reduce_groups(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    """`reduce` (e.g. `torch.amax`) over |values| [n, V] in groups of GROUP neighbours, the last maybe shorter: [n, G]."""
+    num_whole = values.shape[1] // GROUP
+
+    def of(rows: Tensor) -> Tensor:
+        whole, rest = rows.abs().tensor_split([num_whole * GROUP], dim=1)
+        reduced = reduce(whole.unflatten(1, (num_whole, GROUP)), -1)
+        return torch.cat([reduced, reduce(rest, -1)[:, None]], dim=1) if rest.shape[1] else reduced
+
+    return by_rows(of, values)
+
+
+def group_ids(groups: Tensor) -> Tensor:
+    """Ids of the entries of the groups [n, s]: [n, s, GROUP]; in the last group they may run past the vocabulary."""
+    return groups[..., None] * GROUP + torch.arange(GROUP, device=groups.device)
+
+
+def magnitudes(values: Tensor, ids: Tensor) -> Tensor:
+    """|values[i, ids[i, j, g]]|, zero past the vocabulary: [n, s, GROUP]."""
+    vocab_size = values.shape[1]
+    found = values.gather(1, ids.clamp_max(vocab_size - 1).flatten(1)).view(ids.shape)
+    return found.abs().masked_fill(ids >= vocab_size, 0)
+
+
+def without(inside: Tensor, groups: Tensor, exclude: Tensor) -> Tensor:
+    """`inside` [n, s, GROUP], entries of the groups [n, s], with those of the tokens exclude [n, k] set to zero."""
+    num_slots = groups.shape[1]
+    slots = torch.arange(num_slots, device=groups.device)[:, None]
+    is_here = groups[:, :, None] == (exclude // GROUP)[:, None, :]  # [n, s, k]
+    # Tokens of other groups go to one place behind the others.
+    place = torch.where(is_here, slots * GROUP + (exclude % GROUP)[:, None, :], num_slots * GROUP)
+    keep = inside.new_ones(inside.shape[0], num_slots * GROUP + 1).scatter_(1, place.flatten(1), 0)
+    return inside * keep[:, :-1].view_as(inside)
+
+
+def largest(values: Tensor, k: int, exclude: Tensor) -> Tensor:
+    """Ids [n, k] of the k entries of values [n, V] largest in magnitude, leaving out exclude [n]; k < V."""
+    # They lie in k groups, and the excluded one can only add its own to those with the largest entries.
+    highs = reduce_groups(values, torch.amax)
+    groups = highs.topk(min(k + 1, highs.shape[1]), dim=1).indices
+    ids = group_ids(groups).flatten(1)
+    found = values.gather(1, ids.clamp_max(values.shape[1] - 1)).abs()
+    found.masked_fill_((ids == exclude[:, None]) | (ids >= values.shape[1]), -1)
+    return ids.gather(1, found.topk(k, dim=1).indices)
+
+
+def draw(values: Tensor, uniforms: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw entries of values [n, V] in proportion to their magnitude, never one of exclude [n, k].
+
+    uniforms [n, m] in [0, 1), in the dtype the sums are kept in.
+
+    Returns:
+        ids int64 [n, m]; is_drawn bool [n, m], False where there is nothing to draw; total [n, 1] magnitude.
+    """
+    dtype = uniforms.dtype
+    sums = reduce_groups(values, lambda rows, dim: rows.sum(dim, dtype=dtype))
+    # What the excluded leave behind in their groups is summed anew: to subtract them would leave rounding noise.
+    touched = exclude // GROUP
+    left = without(magnitudes(values, group_ids(touched)).to(dtype), touched, exclude)
+    sums = sums.scatter(1, touched, left.sum(-1))
+    total = sums.sum(-1, keepdim=True)
+    group, rest = _invert(sums, uniforms * total)
+    inside = without(magnitudes(values, group_ids(group)).to(dtype), group, exclude)
+    offset, _ = _invert(inside, rest[..., None])
+    # A rounding error at the end of the last group may point behind its last entry: nothing is drawn then.
+    is_drawn = inside.gather(-1, offset)[..., 0] > 0
+    return (group * GROUP + offset[..., 0]).clamp_max(values.shape[1] - 1), is_drawn, total
+
+
+def _invert(mass: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """First index whose running sum of `mass` exceeds `threshold`, and what is left of the threshold inside it."""
+    running = mass.cumsum(-1)
+    index = torch.searchsorted(running, threshold, right=True).clamp_max(mass.shape[-1] - 1)
+    return index, threshold - (running.gather(-1, index) - mass.gather(-1, index))

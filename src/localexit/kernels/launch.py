@@ -1,0 +1,121 @@
+"""Launching the kernels: grids, block sizes by a pure table, outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from localexit.exits.loss import LossOptions
+from localexit.feedback.base import DRAW_GROUP
+from localexit.kernels.rows import error_kernel, repair_kernel
+from localexit.kernels.select import select_kernel, weighted_rows_kernel
+
+# Rows a program of the error pass: with pipelined loads it runs at the speed of a copy (docs/performance.md).
+_ERROR_ROWS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorPass:
+    """What `error_pass` leaves besides the values in place of the logits.
+
+    Attributes:
+        loss, lse, log_prob, scale: fp32 [n]; the error is `scale[:, None] * values`.
+        argmax: int64 [n], entropy: fp32 [n], empty unless asked for.
+        group_max, group_sum: fp32 [n, G] of the magnitudes of the values without gold, empty unless asked for.
+    """
+
+    loss: Tensor
+    lse: Tensor
+    log_prob: Tensor
+    scale: Tensor
+    argmax: Tensor
+    entropy: Tensor
+    group_max: Tensor
+    group_sum: Tensor
+
+
+def error_pass(
+    logits: Tensor,
+    target: Tensor,
+    options: LossOptions,
+    *,
+    bias: Tensor | None,
+    need_stats: bool = False,
+    need_groups: bool = False,
+) -> ErrorPass:
+    """Turn logits [n, V] (without bias) into values in place."""
+    num_rows, vocab_size = logits.shape
+    num_groups = triton.cdiv(vocab_size, DRAW_GROUP)
+
+    def rows(is_needed: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+        return logits.new_empty(num_rows if is_needed else 0, dtype=dtype)
+
+    def table(width: int) -> Tensor:
+        return logits.new_empty((num_rows, width) if width else 0, dtype=torch.float32)
+
+    result = ErrorPass(
+        loss=rows(),
+        lse=rows(),
+        log_prob=rows(),
+        scale=rows(),
+        argmax=rows(need_stats, torch.int64),
+        entropy=rows(need_stats),
+        group_max=table(num_groups if need_groups else 0),
+        group_sum=table(num_groups if need_groups else 0),
+    )
+    gold_logit, is_rare = rows(), rows(dtype=torch.int8)
+    flags = {
+        "SMOOTHING": options.label_smoothing > 0,
+        "NEED_STATS": need_stats,
+        "NEED_GROUPS": need_groups,
+        "GROUP": DRAW_GROUP,
+    }
+    softcap = options.softcap or 1.0
+    error_kernel[(triton.cdiv(num_rows, _ERROR_ROWS),)](
+        logits, logits.stride(0), logits if bias is None else bias, target,
+        num_rows, vocab_size, num_groups, options.label_smoothing, options.z_loss, softcap,
+        result.loss, result.lse, result.log_prob, result.scale, gold_logit, is_rare, result.argmax, result.entropy,
+        result.group_max, result.group_sum,
+        HAS_BIAS=bias is not None, SOFTCAP=options.softcap is not None,
+        ROWS=_ERROR_ROWS, STAGES=3, num_warps=4, **flags,
+    )  # fmt: skip
+    repair_kernel[(num_rows,)](
+        logits, logits.stride(0), target, vocab_size, num_groups,
+        options.label_smoothing, options.z_loss,
+        result.loss, result.lse, result.log_prob, result.scale, gold_logit, is_rare, result.entropy,
+        result.group_max, result.group_sum, num_warps=4, **flags,
+    )  # fmt: skip
+    return result
+
+
+def select(
+    values: Tensor, target: Tensor, uniforms: Tensor, group_max: Tensor, group_sum: Tensor, topk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Top-k ids int64 [n, k], drawn ids int64 [n, m] and their weights fp32 [n, m] for row weight one."""
+    num_rows, vocab_size = values.shape
+    num_draws, num_groups = uniforms.shape[1], group_max.shape[1]
+    top = target.new_empty(num_rows, topk)
+    drawn = target.new_empty(num_rows, num_draws)
+    weights = uniforms.new_empty(num_rows, num_draws)
+    select_kernel[(num_rows,)](
+        values, values.stride(0), target, uniforms, group_max, group_sum, num_groups, vocab_size, top, drawn, weights,
+        TOP=topk, TOP_BLOCK=triton.next_power_of_2(max(topk, 1)),
+        DRAWS=num_draws, DRAWS_BLOCK=triton.next_power_of_2(num_draws),
+        GROUP=DRAW_GROUP, GROUPS=triton.next_power_of_2(num_groups), num_warps=4,
+    )  # fmt: skip
+    return top, drawn, weights
+
+
+def weighted_rows(ids: Tensor, weights: Tensor, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Σ_k weights[i, k] rows[ids[i, k]]: [n, D]."""
+    num_rows, num_picks = ids.shape
+    width = rows.shape[1]
+    out = weights.new_empty(num_rows, width, dtype=dtype)
+    block = min(1024, triton.next_power_of_2(width))
+    weighted_rows_kernel[(num_rows, triton.cdiv(width, block))](
+        ids, weights, rows, rows.stride(0), out, width, PICKS=num_picks, BLOCK=block, num_warps=4
+    )
+    return out

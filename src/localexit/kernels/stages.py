@@ -1,0 +1,100 @@
+"""The stages of an exit with Triton kernels: the same contract as `exits.chunked.PLAIN`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from localexit.exits.chunked import ExitCall, Stages, add_weight_grad, call_rule, plain_logits
+from localexit.exits.loss import LossOptions, RowResult
+from localexit.feedback.base import Error
+from localexit.kernels.launch import error_pass, select, weighted_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedError(Error):
+    """View of the error that finds its largest entries, and draws, through maxima and sums of groups of entries.
+
+    Attributes:
+        group_max, group_sum: fp32 [n, G] of the magnitudes of `values` without gold; empty when no rule draws.
+    """
+
+    group_max: Tensor = field(default_factory=lambda: torch.empty(0))
+    group_sum: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def select(self, k: int, uniforms: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Error.select`, in one kernel."""
+        k = min(k, self.values.shape[1] - 1)
+        top, drawn, weights = select(self.values, target, uniforms, self.group_max, self.group_sum, k)
+        kept = torch.cat([target[:, None], top], dim=1)
+        return torch.cat([kept, drawn], dim=1), torch.cat([self.gather(kept), self._scaled(weights)], dim=1)
+
+    def weighted_rows(self, ids: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+        """As `Error.weighted_rows`, with sums in fp32 whatever the rows are stored in: fp32 [n, D]."""
+        return weighted_rows(ids, weights.contiguous(), rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedRowResult(RowResult):
+    """A `RowResult` with what `GroupedError` needs."""
+
+    group_max: Tensor
+    group_sum: Tensor
+
+
+def fused_loss_and_error(
+    logits: Tensor,
+    target: Tensor,
+    options: LossOptions,
+    *,
+    bias: Tensor | None = None,
+    need_error: bool = True,
+    need_logits: bool = False,
+    need_groups: bool = False,
+    need_stats: bool = False,
+) -> GroupedRowResult:
+    """As `exits.loss.loss_and_error`, from logits without the bias, leaving `values` with the returned scale."""
+    del need_error
+    assert not need_logits, "`supported` refuses rules that read the logits"
+    result = error_pass(logits, target, options, bias=bias, need_stats=need_stats, need_groups=need_groups)
+    return GroupedRowResult(
+        loss=result.loss,
+        lse=result.lse,
+        log_prob=result.log_prob,
+        argmax=result.argmax,
+        entropy=result.entropy,
+        scale=result.scale,
+        group_max=result.group_max,
+        group_sum=result.group_sum,
+    )
+
+
+def _logits_without_bias(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    del bias
+    plain_logits(hidden, weight, None, out)
+
+
+def _grouped_view(values: Tensor, scale: Tensor, result: RowResult) -> Error:
+    assert isinstance(result, GroupedRowResult)
+    return GroupedError(values=values, scale=scale, group_max=result.group_max, group_sum=result.group_sum)
+
+
+def _compute_dtype(call: ExitCall) -> torch.dtype:
+    return call.compute_dtype
+
+
+TRITON = Stages(
+    name="triton",
+    logits=_logits_without_bias,
+    loss_and_error=fused_loss_and_error,
+    add_weight_grad=add_weight_grad,
+    view=_grouped_view,
+    feedback=call_rule,
+    has_bias=False,
+    buffer_dtype=_compute_dtype,
+    value_dtype=_compute_dtype,
+    # Large: a single chunk needs no accumulator for dW, and one pass over W for all of its products.
+    chunk_bytes={"cpu": 32 * 2**20, "cuda": 4 * 2**30},
+)
