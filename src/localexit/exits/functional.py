@@ -95,6 +95,14 @@ def exit_cross_entropy(
 
     The gradients of linear_weight and linear_bias are exact. Names follow `torch.nn.functional.linear_cross_entropy`.
 
+    >>> from localexit import make_feedback
+    >>> hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    >>> rule = make_feedback("anchors", hidden_size=8, vocab_size=50)
+    >>> loss = exit_cross_entropy(hidden, weight, torch.tensor([4, 1, -100]), feedback=rule)
+    >>> loss.backward()
+    >>> hidden.grad.any(dim=1)  # feedback; the last token is ignored
+    tensor([ True,  True, False])
+
     Args:
         input: hidden states [..., D]; fp32, bf16, fp16 or fp64.
         linear_weight: unembedding [V, D], `nn.Linear.weight` as it is. Products run in the promoted dtype of input

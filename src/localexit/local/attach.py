@@ -37,6 +37,17 @@ def attach(
     Blocks, unembedding and what lies between are found by one traced forward on random tokens, and verified: the
     exits' logits must be the model's. `LocalModel.remove()` undoes everything.
 
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=8, n_embd=12, n_layer=3, n_head=2))
+    >>> local = attach(model.train(), exits="every:2")
+    >>> [unit.block_indices for unit in local.units]
+    [(0, 1), (2,)]
+    >>> tokens = torch.randint(50, (2, 8))
+    >>> output = local(tokens, labels=tokens)
+    >>> output.loss.backward()
+    >>> output.exit_losses.shape
+    torch.Size([2])
+
     Args:
         model: a causal language model of `transformers`, or any decoder: `forward(input_ids) -> logits [B, T, V]`, or
             an object with `.logits`.

@@ -1,0 +1,62 @@
+"""The scripts in examples/ run, and print what they promise."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from docs.pages import ROOT
+from localexit import feedback_names
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compare_rules(workplace: Path) -> list[str]:
+    # So few tokens that no nucleus is cut, which would be a warning.
+    return ["--vocab-size", "40", "--steps", "2"]
+
+
+def early_exit(workplace: Path) -> list[str]:
+    return [str(workplace / "runs/mine"), str(workplace / "path/to/text/0.txt"), "--sure", "0.01"]
+
+
+def plain_module(workplace: Path) -> list[str]:
+    return [str(workplace / "path/to/text/0.txt"), "--steps", "2"]
+
+
+ARGUMENTS: dict[str, Callable[[Path], list[str]]] = {
+    function.__name__: function for function in (compare_rules, early_exit, plain_module)
+}
+PRINTED = {
+    "compare_rules": feedback_names(),
+    "early_exit": ("with early exits",),
+    "plain_module": ("exit 2: validation",),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_example(name: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load(name).main(ARGUMENTS[name](workplace))
+    printed = capsys.readouterr().out
+    for text in PRINTED[name]:
+        assert text in printed
+
+
+def test_text_that_is_too_short_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "short.txt").write_text("too short", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        load("plain_module").main([str(tmp_path / "short.txt")])
+    assert "expected at least 640 bytes, got 9" in capsys.readouterr().err
