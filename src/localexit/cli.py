@@ -113,7 +113,7 @@ class Report:
 
     Attributes:
         runs: folders of runs.
-        output: where to; report.html in the first folder by default.
+        output: where to; report.html in the folder of a single run by default.
     """
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
@@ -129,10 +129,61 @@ class Report:
         return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Check that a model trains locally and without weight transport: what passes, what was measured.
+
+    Attributes:
+        model: folder of a run, or a model: a local folder, a hub name OWNER/NAME or a preset.
+        feedback: the rule as in `localexit train`; a run's own by default.
+        exits: which blocks have one: every, every:K, or indices such as 1,3,5; a run's own by default.
+        seed: of codes, draws, random tokens and a preset's weights.
+    """
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL_OR_RUN")]
+    feedback: str | None = None
+    exits: str | None = None
+    seed: int = 0
+
+    def execute(self) -> int:
+        """Print the checks; 0 if all passed, else 1."""
+        from localexit.measure import audit_model
+        from localexit.train.config import exit_indices
+
+        rule = None if self.feedback is None else FeedbackSpec.parse(self.feedback)
+        model, config = self._load()
+        vocab_size, hidden_size = model.get_output_embeddings().weight.shape
+        report = audit_model(
+            model,
+            (rule or config.feedback).build(hidden_size=hidden_size, vocab_size=vocab_size, seed=self.seed),
+            exits=exit_indices(self.exits or config.exits),
+            exit_norm=config.exit_norm,
+            backward=config.backward,
+            seed=self.seed,
+        )
+        sys.stdout.write(f"{report}\n")
+        return 0 if report.passed else FAILED
+
+    def _load(self) -> tuple[Any, TrainConfig]:
+        """The model, and the configuration it is trained with."""
+        from localexit.train.folder import RunFolder
+        from localexit.train.models import PRESETS, build_model, load_pretrained
+
+        run = RunFolder(path=Path(self.model))
+        if run.metrics.is_file():
+            run.check_has_model()
+            return load_pretrained(str(run.model)), run.read_config()
+        config = TrainConfig(model=self.model, seed=self.seed)
+        if self.model in PRESETS:
+            return build_model(config, vocab_size=PRESETS[self.model].vocab_size, end_of_text_id=0), config
+        return load_pretrained(self.model), config
+
+
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Audit, tyro.conf.subcommand("audit")]
 )
 
 DESCRIPTION = "Train language models locally: every block learns from its own exit, no gradient crosses between blocks."

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from train.small_runs import small_config, train_quietly, write_corpus
 
 from localexit.train.config import FeedbackSpec, TrainConfig
 from localexit.train.loop import resolve_device, resolve_precision
 from localexit.train.trainer import NonFiniteError, RunFailedError, StepResult, Trainer
+from train.small_runs import small_config, train_quietly, write_corpus
 
 RUN_FILES = {"config.json", "corpus.json", "metrics.jsonl", "checkpoints", "model"}
 

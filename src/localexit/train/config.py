@@ -118,14 +118,14 @@ class TrainConfig:
     exit_norm: ExitNorm = "shared"
     backward: Backward = "stream"
     train_blocks: bool = True
-    steps: int = 600
+    steps: int = 700
     batch_size: int = 8
     accumulate: int = 1
     context: int = 128
-    lr: float = 3e-3
+    lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
-    warmup_steps: int = 40
+    warmup_steps: int = 60
     decay: Decay = "linear"
     final_lr: float = 0.05
     clip: float = 1.0
@@ -137,7 +137,7 @@ class TrainConfig:
     threads: int | None = None
     log_every: int = 1
     eval_every: int = 100
-    eval_tokens: int = 32768
+    eval_tokens: int = 16384
     checkpoint_every: int = 100
     prompt: str | None = None
     sample_tokens: int = 96

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from localexit.local import LocalModel
 from localexit.train.cache import written_atomically
 from localexit.train.config import TrainConfig
-from localexit.train.models import attach_exits, load_pretrained, load_tokenizer, model_config
+from localexit.train.models import attach_exits, load_pretrained, load_tokenizer, model_config, without_progress_bars
 from localexit.train.tokenizer import as_pretrained
 
 FORMAT = 1
@@ -110,6 +110,18 @@ class RunFolder:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.config}: not a configuration of a run ({error!r}); {_REMEDY}") from error
 
+    def check_has_model(self) -> None:
+        """Refuse a run that has not written its model yet.
+
+        Raises:
+            ValueError: so it is.
+        """
+        if not self.model.is_dir():
+            raise ValueError(
+                f"run: expected a finished or interrupted run with model/, got {str(self.path)!r}; continue it with "
+                f"`localexit train {self.path} --resume`"
+            )
+
     def check_corpus(self, corpus: Mapping[str, Any]) -> None:
         """Refuse to continue on other text.
 
@@ -153,7 +165,8 @@ def export_model(run: RunFolder, local: LocalModel, tokenizer: Tokenizer) -> Non
     temporary = run.path / ".model"
     shutil.rmtree(temporary, ignore_errors=True)
     save: Any = local.model
-    save.save_pretrained(temporary)
+    with without_progress_bars():
+        save.save_pretrained(temporary)
     as_pretrained(tokenizer).save_pretrained(temporary)
     save_file(_exit_tensors(local), temporary / "exits.safetensors")
     if run.model.exists():
@@ -169,11 +182,7 @@ def load_run(path: Path, *, device: torch.device) -> tuple[LocalModel, Tokenizer
     """
     run = RunFolder(path=path)
     config = run.read_config()
-    if not run.model.is_dir():
-        raise ValueError(
-            f"run: expected a finished or interrupted run with model/, got {str(path)!r}; continue it with "
-            f"`localexit train {path} --resume`"
-        )
+    run.check_has_model()
     local = attach_exits(load_pretrained(str(run.model)), config, device=device)
     try:
         tensors = load_file(run.model / "exits.safetensors", device=str(device))

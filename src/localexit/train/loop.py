@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -224,12 +225,16 @@ def _restore(folder: RunFolder, trainer: Trainer, lines: list[str]) -> None:
 
 def _train(run: _Run) -> Outcome:
     trainer, config = run.trainer, run.config
-    with run.stop.listening():
-        while trainer.step < config.steps and run.stop.signal_number is None:
-            _step(run)
+    try:
+        with run.stop.listening():
+            while trainer.step < config.steps and run.stop.signal_number is None:
+                _step(run)
+            if trainer.step < config.steps:
+                _checkpoint(run)
+    except NonFiniteError as error:
+        run.log.event(trainer.step, "non_finite", str(error))
+        raise
     status: Literal["finished", "interrupted"] = "finished" if trainer.step == config.steps else "interrupted"
-    if status == "interrupted":
-        _checkpoint(run)
     export_model(run.folder, trainer.local, run.data.tokenizer)
     run.log.event(trainer.step, status, f"after {trainer.tokens} tokens in {trainer.seconds:.1f} s of training")
     return Outcome(run=run.folder, status=status, signal_number=run.stop.signal_number)
@@ -237,11 +242,7 @@ def _train(run: _Run) -> Outcome:
 
 def _step(run: _Run) -> None:
     config, trainer = run.config, run.trainer
-    try:
-        result = trainer.train_step()
-    except NonFiniteError as error:
-        run.log.event(trainer.step, "non_finite", str(error))
-        raise
+    result = trainer.train_step()
     is_last = result.step == config.steps
     run.display.step(result)
     if is_last or result.step % config.log_every == 0:
@@ -264,6 +265,11 @@ def _validate(run: _Run) -> None:
         max_tokens=config.eval_tokens,
         precision=trainer.precision,
     )
+    if not all(map(math.isfinite, validation.loss)):
+        raise NonFiniteError(
+            f"step {trainer.step}: expected finite validation losses, got {list(validation.loss)}; the last "
+            f"checkpoint is from before. Try a lower lr or a longer warm-up"
+        )
     run.log.valid(trainer.step, trainer.tokens, validation)
     run.display.valid(trainer.step, validation)
     if run.board is not None:
@@ -275,6 +281,13 @@ def _validate(run: _Run) -> None:
 
 
 def _checkpoint(run: _Run) -> None:
+    # A step can overflow a parameter although its gradients were finite; an older checkpoint is worth more then.
+    broken = [name for name, p in run.trainer.local.named_parameters() if not bool(torch.isfinite(p).all())]
+    if broken:
+        raise NonFiniteError(
+            f"step {run.trainer.step}: expected finite parameters, but {broken[0]} has others; the last checkpoint "
+            f"is from before. Try a lower lr or a longer warm-up"
+        )
     # What a checkpoint says has happened must be in the log before it.
     run.log.sync()
     save_checkpoint(run.folder.checkpoints, run.trainer.snapshot())

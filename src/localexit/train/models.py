@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from localexit.local import LocalModel, attach
 from localexit.train.config import TrainConfig, exit_indices
@@ -32,7 +35,7 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(num_blocks=2, hidden_size=64, num_heads=2, vocab_size=512),
-    "demo": Preset(num_blocks=4, hidden_size=192, num_heads=6, vocab_size=4096),
+    "demo": Preset(num_blocks=4, hidden_size=192, num_heads=6, vocab_size=2048),
     "small": Preset(num_blocks=6, hidden_size=512, num_heads=8, vocab_size=16384),
     "medium": Preset(num_blocks=12, hidden_size=768, num_heads=12, vocab_size=32768),
 }
@@ -114,9 +117,24 @@ def load_pretrained(name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        with without_progress_bars() if Path(name).is_dir() else nullcontext():
+            return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise _cannot_load(name, "model", error) from error
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep the bars of `transformers` out of our own output; for work that takes no time worth one."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(name: str) -> tuple[Tokenizer, int]:

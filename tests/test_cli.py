@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from localexit import cli
+from localexit.feedback import feedback_names
+from train.small_runs import write_corpus
+
+SMALL = [
+    *("--model", "tiny", "--vocab-size", "300", "--steps", "4", "--warmup-steps", "1", "--batch-size", "2"),
+    *("--context", "16", "--eval-every", "2", "--eval-tokens", "128", "--checkpoint-every", "2"),
+    *("--sample-tokens", "3", "--threads", "1", "--device", "cpu", "--no-tensorboard"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_corpus(tmp_path_factory.mktemp("text")))
+
+
+@pytest.fixture(scope="module")
+def trained(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "run"
+    assert cli.run(["train", str(run), "--data", text, *SMALL]) == 0
+    return run
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a command that is refused."""
+    assert cli.run(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("localexit: ")
+    assert printed.err.count("\n") == 1
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+def test_training_ends_with_table_sample_and_report(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.run(["train", str(run), "--data", text, *SMALL]) == 0
+    printed = capsys.readouterr().out
+    assert all(
+        word in printed for word in ("nats/token", "bits/byte", "accuracy", "sample of the last exit", "report: ")
+    )
+    assert (run / "report.html").is_file()
+
+
+def test_a_run_goes_on_with_its_own_configuration(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.run(["train", str(run), "--data", text, *SMALL, "--feedback", "dense:gain=0.5"]) == 0
+    assert cli.run(["train", str(run), "--resume", "--threads", "1"]) == 0
+    capsys.readouterr()
+    line = refused(["train", str(run), "--resume", "--lr", "0.5", "--seed", "3"], capsys)
+    assert "lr: the run has 0.003, got 0.5" in line or "lr: the run has" in line
+    assert "seed: the run has 0, got 3" in line
+    assert "feedback" not in line
+
+
+def test_a_new_run_gets_a_folder_of_its_own(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert cli.run(["train", "--data", text, *SMALL, "--feedback", "anchors"]) == 0
+    capsys.readouterr()
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["tiny-anchors", "tiny-anchors-2"]
+
+
+def test_generate_writes_prompt_and_text(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(trained), "--prompt", "the parser", "--max-new-tokens", "5", "--seed", "1"]
+    texts = []
+    for index in ("0", "1", "-1"):
+        assert cli.run([*command, "--exit", index]) == 0
+        texts.append(capsys.readouterr().out)
+    assert all(written.startswith("the parser") for written in texts)
+    assert texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("source", ["run", "model", "preset"])
+def test_audit_prints_what_passed(source: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = {"run": trained, "model": trained / "model", "preset": "tiny"}[source]
+    assert cli.run(["audit", str(model), "--exits", "every:2"]) == 0
+    printed = capsys.readouterr().out
+    assert "audit of feedback 'mirror_sampled' on 1 units: passed" in printed
+
+
+def test_a_rule_that_reads_the_weights_fails_the_audit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["audit", "tiny", "--feedback", "transport"]) == 1
+    assert "audit of feedback 'transport' on 2 units: FAILED" in capsys.readouterr().out
+
+
+def test_report_writes_a_page_for_several_runs(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, other = tmp_path / "page.html", tmp_path / "other"
+    shutil.copytree(trained, other)
+    assert cli.run(["report", str(trained), str(other), "--output", str(output)]) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    assert "<html" in output.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ([], ["train"]),
+        (["fly"], ["fly"]),
+        (["train", "--fast", "3"], ["--fast"]),
+        (["train", "--lr", "quick"], ["--lr", "quick"]),
+        (["train", "--lr", "-1"], ["lr must be a positive number", "-1"]),
+        (["train", "--steps", "0"], ["steps must be at least 1"]),
+        (["train", "--steps", "10", "--warmup-steps", "10"], ["warmup_steps", "steps=10"]),
+        (["train", "--feedback", "backprop"], ["--feedback", "backprop", "mirror_sampled"]),
+        (["train", "--feedback", "dense:rang=3"], ["--feedback", "rang", "rank"]),
+        (["train", "--exits", "some"], ["exits", "some", "every"]),
+        (["train", "--exit-norm", "batch"], ["--exit-norm", "batch", "shared"]),
+        (["train", "--model", "enormous"], ["model", "enormous", "demo"]),
+        (["train", "--device", "abacus"], ["device", "abacus"]),
+        (["train", "--resume"], ["run", "--resume"]),
+        (["train", "nowhere", "--resume"], ["run", "nowhere", "config.json"]),
+        (["train", "--data", "no/such/text"], ["data", "no/such/text"]),
+        (["generate", "nowhere", "--prompt", "x"], ["run", "nowhere"]),
+        (["generate", "nowhere"], ["--prompt"]),
+        (["generate", "nowhere", "--prompt", "x", "--temperature", "-1"], ["temperature"]),
+        (["generate", "nowhere", "--prompt", "x", "--max-new-tokens", "-1"], ["max_new_tokens"]),
+        (["report"], ["runs"]),
+        (["audit"], ["MODEL_OR_RUN"]),
+        (["audit", "enormous"], ["model", "enormous", "demo"]),
+        (["audit", "tiny", "--feedback", "backprop"], ["feedback", "backprop"]),
+        (["report", "nowhere"], ["run", "nowhere"]),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(
+    arguments: list[str],
+    names: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    start = time.perf_counter()
+    line = refused(arguments, capsys)
+    assert time.perf_counter() - start < 5
+    assert all(name in line for name in names), line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--vocab-size", "60000"], ["vocab_size", "expected at most", "60000"]),
+        (["--context", "1000000"], ["data", "one context of 1000000"]),
+        (["--exits", "5"], ["exits has block 5", "2 blocks"]),
+        (["--feedback", "dense:rank=999"], ["rank=999", "64"]),
+        (["--vocab-size", "0"], ["vocab_size must be at least 1"]),
+    ],
+)
+def test_what_does_not_fit_the_text_or_the_model_leaves_nothing(
+    text: str, arguments: list[str], names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    line = refused(["train", str(run), "--data", text, *SMALL, *arguments], capsys)
+    assert all(name in line for name in names), line
+    assert not run.exists()
+
+
+def test_a_folder_that_exists_is_not_touched(text: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    line = refused(["train", str(trained), "--data", text, *SMALL], capsys)
+    assert str(trained) in line
+    assert "--resume" in line
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def test_an_exit_that_is_not_there_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["generate", str(trained), "--prompt", "x", "--exit", "7"]) == 2
+    assert "exit must be in -2..1, got 7" in capsys.readouterr().err
+
+
+def test_control_characters_of_a_message_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["report", "a\x1b[31mb"], capsys)
+    assert "\x1b" not in line
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["report"], ["audit"]])
+def test_help_explains_every_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.run([*command, "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "usage: localexit" in printed
+    if command == ["train"]:
+        options = re.findall(r"--[a-z-]+", printed)
+        fields = {name.replace("_", "-") for name in cli.TrainConfig.__dataclass_fields__}
+        assert {f"--{name}" for name in fields} <= set(options)
+        squeezed = re.sub(r"[\s│]", "", printed)
+        assert all(name in squeezed for name in feedback_names())
+
+
+def test_the_module_can_be_run(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "localexit", "train", "--lr", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=_environment(),
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "localexit: lr must be a positive number, got 0.0\n"
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on(text: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = [*SMALL, "--steps", "100000", "--warmup-steps", "10", "--eval-every", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "localexit", "train", str(run), "--data", text, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_environment(),
+    )
+    deadline = time.monotonic() + 120
+    while not list(run.glob("checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert f"localexit train {run} --resume" in printed.replace("\n", " ")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert (lines[-1]["kind"], lines[-1]["event"]) == ("event", "interrupted")
+    assert (run / "checkpoints" / f"step-{lines[-1]['step']}" / "manifest.json").is_file()
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+def test_a_run_that_fails_is_one_line_and_code_1(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", str(tmp_path / "run"), "--data", text, *SMALL, "--lr", "1e30", "--clip", "1e30"]
+    assert cli.run([*arguments, "--steps", "50", "--warmup-steps", "0"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "step 2: expected finite validation losses" in printed
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def _environment() -> dict[str, str]:
+    source = str(Path(__file__).parents[1] / "src")
+    path = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
