@@ -70,8 +70,9 @@ def token_uniforms(seed: int, step: Tensor, exit_index: int, rows: Tensor, num: 
         fp32 [N, num].
     """
     keys = _row_keys(seed, _DRAW_STREAM, step, exit_index, rows)
-    lanes = torch.arange(1, num + 1, device=rows.device, dtype=torch.int64) * 0x9E3779B9 & _MASK
-    return _to_unit(_mix(keys[:, None] ^ _mix(lanes)[None, :]))
+    # Mixed, not multiplied: inductor would take a multiple of a range for an index, and compute it in 32 bits.
+    lanes = _mix(torch.arange(1, num + 1, device=rows.device, dtype=torch.int64))
+    return _to_unit(_mix(keys[:, None] ^ lanes[None, :]))
 
 
 def choose_rows(seed: int, step: Tensor, exit_index: int, is_counted: Tensor, num: int) -> Tensor:

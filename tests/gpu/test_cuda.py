@@ -1,0 +1,205 @@
+"""What only a GPU can show: both backends against the oracle, no synchronisation, bad targets, compilation, training.
+
+    python -m pytest tests/gpu
+
+Skipped where there is no CUDA device; `make test` and `make test-ci` run without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from localexit import Feedback, WeightMirror, attach, exit_cross_entropy, exit_step, feedback_names, make_feedback
+from localexit.exits.reference import reference_exit
+from localexit.feedback import RULES
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+NUM_TOKENS, HIDDEN, VOCAB = 257, 64, 1003
+KERNEL_RULES = [name for name in feedback_names() if not RULES[name].rule.needs_logits]
+BACKENDS = [("torch", name) for name in feedback_names()] + [("triton", name) for name in KERNEL_RULES]
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Waiting for the GPU, or reading from it, is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def make_rule(name: str) -> Feedback:
+    rule = make_feedback(name, HIDDEN, VOCAB, seed=3)
+    if isinstance(rule, WeightMirror):
+        rule.rows.normal_(generator=torch.Generator().manual_seed(5))
+    return rule
+
+
+def make_case(scale: float = 0.3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(NUM_TOKENS, HIDDEN, generator=generator)
+    target = torch.randint(VOCAB, (NUM_TOKENS,), generator=generator)
+    target[5:9] = -100
+    hidden[5] = torch.nan
+    return {
+        "hidden": hidden,
+        "weight": torch.randn(VOCAB, HIDDEN, generator=generator) * scale,
+        "bias": torch.randn(VOCAB, generator=generator),
+        "target": target,
+        "token_weight": torch.randn(NUM_TOKENS, generator=generator),
+    }
+
+
+def run(case: dict[str, Tensor], rule: Feedback, dtype: torch.dtype, **options: Any) -> tuple[Tensor, ...]:
+    hidden, weight, bias = (case[k].cuda().to(dtype).requires_grad_() for k in ("hidden", "weight", "bias"))
+    loss = exit_cross_entropy(
+        hidden,
+        weight,
+        case["target"].cuda(),
+        feedback=rule,
+        linear_bias=bias,
+        token_weight=case["token_weight"].cuda(),
+        **options,
+    )
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert bias.grad is not None
+    return loss.detach(), hidden.grad, weight.grad, bias.grad
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double().cpu() - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 100 * VOCAB * 4], ids=["one-chunk", "chunks"])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 1e-2, "softcap": 5.0}], ids=["plain", "z_loss-softcap"])
+@pytest.mark.parametrize(("backend", "name"), BACKENDS)
+def test_fp32_equals_the_oracle(backend: str, name: str, options: dict[str, Any], chunk_bytes: int | None) -> None:
+    case, rule = make_case(), make_rule(name)
+    expected = reference_exit(
+        case["hidden"], case["weight"], case["target"], feedback=rule, linear_bias=case["bias"],
+        token_weight=case["token_weight"], **options,
+    )  # fmt: skip
+    got = run(case, rule.cuda(), torch.float32, backend=backend, chunk_bytes=chunk_bytes, **options)
+    wanted = (expected.loss, expected.feedback, expected.weight_grad, expected.bias_grad)
+    # One of the 4112 draws may fall on the other side of a boundary by rounding: it moves one token's feedback.
+    budgets = (1e-4, 5e-2 if "sampled" in name else 1e-4, 1e-4, 1e-4)
+    errors = [relative(a, b) for a, b in zip(got, wanted, strict=True)]
+    assert all(error < budget for error, budget in zip(errors, budgets, strict=True)), errors
+
+
+@pytest.mark.parametrize(("backend", "name"), BACKENDS)
+def test_bf16_within_budget(backend: str, name: str) -> None:
+    """Twice the error of plain PyTorch in bf16, for what is exact; the feedback by the rule's own equation, loosely."""
+    case = {key: value if key == "target" else value.bfloat16().float() for key, value in make_case().items()}
+    rule = make_rule(name)
+    arguments = (case["hidden"], case["weight"], case["target"])
+    expected = reference_exit(*arguments, feedback=rule, linear_bias=case["bias"], token_weight=case["token_weight"])
+    counted = case["target"] != -100
+    hidden, weight, bias = (case[k].cuda().bfloat16().requires_grad_() for k in ("hidden", "weight", "bias"))
+    clean = torch.where(counted.cuda()[:, None], hidden, 0)
+    rows = torch.nn.functional.cross_entropy(
+        torch.nn.functional.linear(clean, weight, bias).float(), case["target"].cuda(), reduction="none"
+    )
+    ((case["token_weight"].cuda() * rows).sum() / counted.sum()).backward()
+    loss, feedback, weight_grad, bias_grad = run(case, rule.cuda(), torch.bfloat16, backend=backend)
+    assert weight.grad is not None
+    assert bias.grad is not None
+    eps = torch.finfo(torch.bfloat16).eps
+    assert relative(weight_grad, expected.weight_grad) < 2 * relative(weight.grad, expected.weight_grad) + eps
+    assert relative(bias_grad, expected.bias_grad) < 2 * relative(bias.grad, expected.bias_grad) + eps
+    assert relative(loss, expected.loss) < 0.02
+    if "sampled" not in name and name not in ("hybrid", "parallel_topmass"):
+        # Where a rounded logit decides what is picked, single tokens may differ.
+        assert relative(feedback, expected.feedback) < 0.05
+
+
+@pytest.mark.parametrize(("backend", "name"), BACKENDS)
+def test_an_exit_does_not_wait_for_the_gpu(backend: str, name: str) -> None:
+    case, rule = make_case(), make_rule(name).cuda()
+    inputs = [case[key].cuda() for key in ("hidden", "weight", "target")]
+    total = torch.zeros(VOCAB, HIDDEN, device="cuda")
+
+    def step() -> None:
+        exit_step(*inputs, feedback=rule, grad_weight=total, backend=backend, return_stats=True)
+        rule.update()
+
+    # The first step compiles kernels and makes the libraries' work spaces.
+    step()
+    with no_synchronisation():
+        step()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_bad_target_makes_the_loss_nan_and_reads_nothing_outside(backend: str) -> None:
+    case, rule = make_case(), make_rule("mirror_sampled").cuda()
+    target = case["target"].cuda()
+    target[3], target[4] = VOCAB, -7
+    hidden, weight = case["hidden"].cuda(), case["weight"].cuda()
+    loss, stats = exit_cross_entropy(
+        hidden, weight, target, feedback=rule, reduction="none", backend=backend, return_stats=True
+    )
+    assert loss.isnan().nonzero()[:, 0].tolist() == [3, 4]
+    assert bool(stats.bad_target)
+    assert stats.backend == backend
+
+
+@pytest.mark.parametrize("name", ["dense", "mirror_sampled", "anchors"])
+def test_compiled_equals_eager(name: str) -> None:
+    case = make_case()
+    eager = run(case, make_rule(name).cuda(), torch.bfloat16)
+    rule = make_rule(name).cuda()
+
+    @torch.compile(fullgraph=True)
+    def compiled(hidden: Tensor, weight: Tensor, target: Tensor, token_weight: Tensor, bias: Tensor) -> Tensor:
+        return exit_cross_entropy(hidden, weight, target, feedback=rule, token_weight=token_weight, linear_bias=bias)
+
+    leaves = [case[k].cuda().bfloat16().requires_grad_() for k in ("hidden", "weight", "bias")]
+    hidden, weight, bias = leaves
+    loss = compiled(hidden, weight, case["target"].cuda(), case["token_weight"].cuda(), bias)
+    loss.backward()
+    for got, expected in zip((loss, *(leaf.grad for leaf in leaves)), eager, strict=True):
+        assert got is not None
+        assert relative(got.detach(), expected.double().cpu()) < 1e-2
+
+
+def test_the_choice_is_in_the_stats() -> None:
+    case = make_case()
+    inputs = [case[key].cuda() for key in ("hidden", "weight", "target")]
+    for name, backend in (("anchors", "triton"), ("parallel", "torch")):
+        _, stats = exit_cross_entropy(*inputs, feedback=make_rule(name).cuda(), return_stats=True)
+        assert stats.backend == backend
+
+
+@pytest.mark.parametrize("mode", ["stream", "deferred"])
+def test_local_training_under_autocast(mode: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4
+    )
+    local = attach(LlamaForCausalLM(config).cuda(), feedback="mirror_sampled", backward=mode)
+    optimizer = torch.optim.AdamW(local.parameters(), lr=3e-3)
+    # A fixed batch: what is learned is seen at once.
+    batch = torch.randint(256, (8, 64), device="cuda")
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            output = local(input_ids=batch, labels=batch)
+        if mode == "deferred":
+            output.loss.backward()
+        optimizer.step()
+        local.update()
+        losses.append(output.exit_losses.float().cpu())
+    assert (losses[-1] < losses[0] - 1.0).all()
