@@ -23,7 +23,7 @@ def by_rows(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
 
 
 def reduce_groups(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
-    """`reduce` (e.g. `torch.amax`) over |values| [n, V] in groups of GROUP neighbours, the last maybe shorter: [n, G]."""
+    """`reduce` over |values| [n, V] in groups of GROUP neighbours, the last may be shorter: [n, G]."""
     num_whole = values.shape[1] // GROUP
 
     def of(rows: Tensor) -> Tensor:

@@ -107,9 +107,14 @@ class WeightMirror(_Rows):
         dtype = torch.promote_types(self.rows.dtype, torch.float32)
         pairs = [self._pairs[index] for index in sorted(self._pairs)]
         hidden = torch.cat([p.hidden for p in pairs]).to(dtype)
-        residual = torch.cat([p.logits for p in pairs]).to(dtype) - hidden @ self.rows.to(dtype).T
+        logits = torch.cat([p.logits for p in pairs]).to(dtype)
+        residual = torch.addmm(logits, hidden, self.rows.to(dtype).T, alpha=-1)
         back = ridge_rows(hidden, torch.stack([p.count for p in pairs]).sum(), self.ridge)
-        self.rows += (residual.T @ back).to(self.rows.dtype)
+        if self.rows.dtype == dtype:
+            # In place: no second [V, D] matrix.
+            self.rows.addmm_(residual.T, back)
+        else:
+            self.rows += (residual.T @ back).to(self.rows.dtype)
         self._pairs.clear()
 
 
