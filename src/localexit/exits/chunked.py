@@ -256,9 +256,11 @@ class _Loop:
         return given if given is not None else self.call.hidden.new_zeros(shape, dtype=self.sum_dtype)
 
     def _weight_accumulator(self, given: Tensor | None) -> Tensor | None:
-        # One chunk whose product has the gradient's own dtype is rounded once: it needs no accumulator.
+        # The first chunk's product starts the sum if it has its dtype. One chunk whose product has the gradient's own
+        # dtype is rounded once: it needs no accumulator.
         is_whole = len(self.chunks) == 1 and self.value_dtype == self.call.weight.dtype
-        if given is None and is_whole:
+        is_sum = len(self.chunks) > 0 and self.value_dtype == self.sum_dtype
+        if given is None and (is_whole or is_sum):
             return None
         return self._accumulator(given, self.call.weight.shape, self.call.need_weight)
 

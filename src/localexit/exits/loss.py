@@ -81,12 +81,12 @@ def loss_and_error(
     _apply_softcap(logits, options.softcap)
     largest, gold_logit = logits.amax(1), logits.gather(1, gold)[:, 0]
     mean = logits.mean(1) if options.label_smoothing else None
+    argmax = logits.argmax(1) if need_stats else target.new_empty(0)
     probs = torch.softmax(logits, dim=1, out=logits)
     # log Σ exp(z - largest): the largest entry is exp(0) over that sum. Differences to it lose nothing.
     log_sum = -probs.amax(1).log()
     lse, log_prob = largest + log_sum, (gold_logit - largest) - log_sum
     loss = _loss(log_prob, lse, mean, options)
-    argmax = probs.argmax(1) if need_stats else target.new_empty(0)
     entropy = by_rows(_entropy, probs) if need_stats else loss.new_empty(0)
     product = None
     if need_error:
