@@ -9,6 +9,7 @@ import pytest
 
 from docs.commands import parse_command, run_command
 from docs.pages import PAGES, README, ROOT, blocks, inline_code, section
+from localexit import cli
 
 TEXT = README.read_text(encoding="utf-8")
 SNIPPETS = blocks(TEXT, "python")
@@ -17,6 +18,16 @@ SNIPPETS = blocks(TEXT, "python")
 def test_commands_leave_what_the_readme_promises(workplace: Path) -> None:
     assert (workplace / "runs/mine/report.html").exists()
     assert (workplace / "runs/mine/model/model.safetensors").exists()
+
+
+def test_the_audit_tells_transport(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    assert "localexit audit runs/mine --feedback transport" in inline_code(TEXT)
+    assert cli.run(["audit", "runs/mine"]) == 0
+    assert capsys.readouterr().out.count("\nok") == 10
+    assert cli.run(["audit", "runs/mine", "--feedback", "transport"]) == 1
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
