@@ -379,9 +379,10 @@ class TestLossScaling:
         assert relative_error(hidden.grad, 65536 * expected.feedback) < 2 * eps
         assert relative_error(weight.grad, 65536 * expected.weight_grad) < 2 * eps
 
-    def test_without_scaling_small_errors_survive_the_forward(self) -> None:
-        # The finished gradients wait in fp32 for the upstream factor.
-        case = make_case("dense", dtype=torch.float16)
+    @pytest.mark.parametrize("name", RULES)
+    def test_without_scaling_small_errors_survive_the_forward(self, name: str) -> None:
+        # The finished gradients wait in fp32 for the upstream factor, and nothing on the way is smaller than fp32 holds.
+        case = make_case(name, dtype=torch.float16)
         hidden, _ = case.leaves()
         loss = exit_cross_entropy(hidden, case.weight, case.target, feedback=case.rule, num_items=2**30)
         (2.0**30 * loss).backward()
@@ -547,6 +548,7 @@ def loss_arguments(name: str, **changes: Any) -> tuple[Any, ...]:
         "need_bias": False,
         "need_stats": False,
         "backend": "torch",
+        "preset": "fast",
     }
     assert not changes.keys() - arguments.keys()
     return tuple((arguments | changes).values())

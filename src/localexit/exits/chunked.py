@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from localexit import _checks
-from localexit.exits.loss import LossOptions, RowResult, loss_and_error
+from localexit.exits.loss import LossOptions, RowResult, loss_and_error, tile_error
 from localexit.feedback.base import Anchors, Error, Feedback, Tokens, accumulate_dtype, product
+
+# Bytes of a chunk in the memory preset: fewer, and the products read the weight more often than they compute.
+_MEMORY_PRESET_CHUNK_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExitCall:
-    """One exit, flattened and checked: what the loop works on.
+class LossCall:
+    """The loss of one exit, flattened and checked.
 
     Attributes:
         hidden: [N, D].
@@ -24,14 +27,7 @@ class ExitCall:
         target: integer [N].
         row_weight: fp32 or fp64 [N], what each row's loss is multiplied by.
         compute_dtype: dtype of the products.
-        rule: the feedback rule.
-        uniforms: fp32 [N, m], the rule's draws, or None.
-        anchor_rows: int64 [M], the rule's anchors, or None.
         options: options of the loss.
-        chunk_bytes: size of the chunk buffer in bytes.
-        need_hidden, need_weight, need_bias: what to compute besides the loss.
-        need_stats: also arg-max and entropy.
-        backend: name of the backend that was chosen.
     """
 
     hidden: Tensor
@@ -40,16 +36,34 @@ class ExitCall:
     target: Tensor
     row_weight: Tensor
     compute_dtype: torch.dtype
+    options: LossOptions = field(default_factory=LossOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitCall(LossCall):
+    """One exit: what the loop works on.
+
+    Attributes:
+        rule: the feedback rule.
+        uniforms: fp32 [N, m], the rule's draws, or None.
+        anchor_rows: int64 [M], the rule's anchors, or None.
+        chunk_bytes: size of the chunk buffer in bytes.
+        need_hidden, need_weight, need_bias: what to compute besides the loss.
+        need_stats: also arg-max and entropy.
+        backend: name of the backend that was chosen.
+        preset: "fast" or "memory".
+    """
+
     rule: Feedback
     uniforms: Tensor | None = None
     anchor_rows: Tensor | None = None
-    options: LossOptions = field(default_factory=LossOptions)
     chunk_bytes: int | None = None
     need_hidden: bool = True
     need_weight: bool = True
     need_bias: bool = True
     need_stats: bool = False
     backend: str = "torch"
+    preset: str = "fast"
 
     @property
     def need_error(self) -> bool:
@@ -91,6 +105,7 @@ class Stages:
         name: the backend's name.
         logits: fills a buffer [n, V] with the logits of a chunk.
         loss_and_error: turns the buffer into the values of the error, see `exits.loss.loss_and_error`.
+        tile_error: the same for a tile of columns whose log-sum-exp is known, see `exits.loss.tile_error`.
         add_weight_grad: adds the product with the hidden states to dW, or starts it.
         view: makes the rule's view of the error from values, scale and what the rows yielded.
         feedback: calls the rule.
@@ -103,12 +118,13 @@ class Stages:
     name: str
     logits: Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
     loss_and_error: Callable[..., RowResult]
+    tile_error: Callable[[Tensor, Tensor, Tensor, Tensor, LossOptions, int, Tensor | None], None]
     add_weight_grad: Callable[[Tensor | None, Tensor, Tensor], Tensor]
     view: Callable[[Tensor, Tensor, RowResult], Error]
     feedback: Callable[[Feedback, Error, Tokens, tuple[Tensor, ...]], Tensor]
     has_bias: bool
-    buffer_dtype: Callable[[ExitCall], torch.dtype]
-    value_dtype: Callable[[ExitCall], torch.dtype]
+    buffer_dtype: Callable[[LossCall], torch.dtype]
+    value_dtype: Callable[[LossCall], torch.dtype]
     chunk_bytes: Mapping[str, int]
 
 
@@ -144,11 +160,11 @@ def call_rule(rule: Feedback, error: Error, tokens: Tokens, prepared: tuple[Tens
     return feedback
 
 
-def _sum_dtype(call: ExitCall) -> torch.dtype:
+def _sum_dtype(call: LossCall) -> torch.dtype:
     return accumulate_dtype(call.compute_dtype)
 
 
-def _plain_value_dtype(call: ExitCall) -> torch.dtype:
+def _plain_value_dtype(call: LossCall) -> torch.dtype:
     # bf16 products accumulate in fp32 on a GPU. On the CPU they are slow and round each chunk's sum; fp16 cannot hold
     # errors of 1/count: both take the products with the error in fp32.
     if call.hidden.is_cuda and call.compute_dtype == torch.bfloat16:
@@ -160,6 +176,7 @@ PLAIN = Stages(
     name="torch",
     logits=plain_logits,
     loss_and_error=loss_and_error,
+    tile_error=tile_error,
     add_weight_grad=add_weight_grad,
     view=plain_view,
     feedback=call_rule,
@@ -199,11 +216,16 @@ def chunk_rows(num_rows: int, vocab_size: int, itemsize: int, chunk_bytes: int) 
     return -(-num_rows // num_chunks)
 
 
+def _default_chunk_bytes(call: ExitCall, stages: Stages) -> int:
+    budget = stages.chunk_bytes.get(call.hidden.device.type, stages.chunk_bytes["cpu"])
+    return budget if call.preset == "fast" else min(budget, _MEMORY_PRESET_CHUNK_BYTES)
+
+
 def _chunks(call: ExitCall, stages: Stages) -> Sequence[slice]:
     num_rows = call.hidden.shape[0]
     if num_rows == 0:
         return []
-    budget = call.chunk_bytes or stages.chunk_bytes.get(call.hidden.device.type, stages.chunk_bytes["cpu"])
+    budget = call.chunk_bytes or _default_chunk_bytes(call, stages)
     size = chunk_rows(num_rows, call.weight.shape[0], stages.buffer_dtype(call).itemsize, budget)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 

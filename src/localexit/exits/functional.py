@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,12 +13,15 @@ from localexit.exits.backends import Backend, choose_backend, stages_of
 from localexit.exits.chunked import ExitCall, ExitResult, measure, run_exit
 from localexit.exits.loss import LossOptions
 from localexit.exits.operators import exit_loss
+from localexit.exits.tiled import add_tiled_grads
 from localexit.feedback.base import Feedback, accumulate_dtype
 from localexit.feedback.draws import choose_rows, token_uniforms
 from localexit.feedback.registry import from_spec
 from localexit.feedback.rows import WeightMirror
 
 Reduction = Literal["mean", "sum", "none"]
+Preset = Literal["fast", "memory"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,7 @@ def exit_cross_entropy(
     backend: Backend = "auto",
     return_stats: bool = False,
     exit_index: int = 0,
+    preset: Preset = "fast",
     chunk_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, ExitStats]:
     """Cross-entropy of `input @ linear_weight.T` against target, without the [N, V] logits, with surrogate feedback.
@@ -123,7 +127,11 @@ def exit_cross_entropy(
         backend: "auto" chooses and says so in the stats; a named backend runs or raises.
         return_stats: also return `ExitStats`.
         exit_index: which exit of the model this is: exits draw independently.
-        chunk_bytes: size of the buffer for a chunk of logits; default 32 MiB on the CPU, 512 MiB on a GPU.
+        preset: "fast" needs two products of the size of the logits' (and a third for rules that multiply with all V
+            rows); "memory" makes dW in a second pass over tiles of the vocabulary, in the backward: one product more,
+            and next to the gradients themselves no memory that grows with V·D.
+        chunk_bytes: size of the buffer for a chunk of logits; by default 31 MiB on the CPU and on a GPU 512 MiB, or
+            4 GiB with the Triton kernels, for which one chunk is best; at most 128 MiB in the memory preset.
 
     Returns:
         The loss in fp32 (fp64 for fp64 input), 0-dim or target's shape; with return_stats `(loss, stats)`. All tokens
@@ -148,6 +156,7 @@ def exit_cross_entropy(
         num_items=num_items,
         backend=backend,
         exit_index=exit_index,
+        preset=preset,
         chunk_bytes=chunk_bytes,
         need_hidden=_needs_grad(input),
         need_weight=_needs_grad(linear_weight),
@@ -178,6 +187,7 @@ def exit_cross_entropy(
         call.need_bias,
         call.need_stats,
         call.backend,
+        call.preset,
     )
     loss = loss if reduction != "none" else loss.reshape(target.shape)
     if not return_stats:
@@ -204,6 +214,7 @@ def exit_step(
     backend: Backend = "auto",
     return_stats: bool = False,
     exit_index: int = 0,
+    preset: Preset = "fast",
     chunk_bytes: int | None = None,
     need_feedback: bool = True,
 ) -> ExitStep:
@@ -213,8 +224,9 @@ def exit_step(
 
     Args:
         input, linear_weight, target, feedback, linear_bias, token_weight, reduction, ignore_index, label_smoothing,
-            z_loss, softcap, num_items, backend, return_stats, exit_index, chunk_bytes: see `exit_cross_entropy`;
-            a loss scale goes into `token_weight`. reduction "none" is not for a function without a backward.
+            z_loss, softcap, num_items, backend, return_stats, exit_index, preset, chunk_bytes: see
+            `exit_cross_entropy`; a loss scale goes into `token_weight`. reduction "none" is not for a function
+            without a backward.
         grad_weight: [V, D] in fp32 (fp64 for fp64 products), dW is added to it in place; None skips dW. For fp32
             weights `linear_weight.grad` may be passed itself.
         grad_bias: [V], likewise for db.
@@ -237,6 +249,7 @@ def exit_step(
             num_items=num_items,
             backend=backend,
             exit_index=exit_index,
+            preset=preset,
             chunk_bytes=chunk_bytes,
             need_hidden=need_feedback,
             need_weight=grad_weight is not None,
@@ -251,8 +264,18 @@ def exit_step(
         if feedback.training:
             _collect_pairs(feedback, call, exit_index)
         with torch.autocast(input.device.type, enabled=False):
-            result = run_exit(call, weight_grad=grad_weight, bias_grad=grad_bias, stages=stages_of(call.backend))
+            result = _run_preset(call, grad_weight, grad_bias)
         return _exit_step(call, result, input, target)
+
+
+def _run_preset(call: ExitCall, grad_weight: Tensor | None, grad_bias: Tensor | None) -> ExitResult:
+    stages = stages_of(call.backend)
+    if call.preset == "fast":
+        return run_exit(call, weight_grad=grad_weight, bias_grad=grad_bias, stages=stages)
+    result = run_exit(replace(call, need_weight=False, need_bias=False), stages=stages)
+    if call.need_weight or call.need_bias:
+        add_tiled_grads(call, result.lse, stages, weight_grad=grad_weight, bias_grad=grad_bias)
+    return result
 
 
 def _needs_grad(argument: Tensor | None) -> bool:
@@ -284,6 +307,7 @@ def _build_call(
     num_items: int | float | Tensor | None,
     backend: Backend,
     exit_index: int,
+    preset: Preset,
     chunk_bytes: int | None,
     need_hidden: bool,
     need_weight: bool,
@@ -295,6 +319,7 @@ def _build_call(
     _checks.call_options(options.ignore_index, exit_index, chunk_bytes)
     _checks.num_items(num_items, reduction, input)
     _checks.token_weight(token_weight, target)
+    _checks.choice("preset", preset, PRESETS)
     compute_dtype = product_dtype(input, weight)
     flat_target = target.reshape(-1)
     is_counted = flat_target != options.ignore_index
@@ -320,6 +345,7 @@ def _build_call(
         backend=choose_backend(
             backend, device=input.device, compute_dtype=compute_dtype, rule=feedback, options=options
         ),
+        preset=preset,
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from localexit import _checks
 from localexit.exits.backends import BACKENDS, Backend
-from localexit.exits.functional import Reduction, exit_cross_entropy, product_dtype
+from localexit.exits.functional import PRESETS, Preset, Reduction, exit_cross_entropy, product_dtype
 from localexit.exits.head_operators import exit_logits
 from localexit.feedback.base import Error, Feedback, spec_text
 from localexit.feedback.codes import (
@@ -33,7 +33,7 @@ class ExitHead(nn.Module):
         feedback: name of a rule (see `feedback_names()`) or a rule made for [V, D].
         weight: share this unembedding [V, D] (a parameter of another module) instead of making one.
         bias: whether to have a bias [V].
-        reduction, ignore_index, label_smoothing, z_loss, softcap, backend: see `exit_cross_entropy`.
+        reduction, ignore_index, label_smoothing, z_loss, softcap, backend, preset: see `exit_cross_entropy`.
         exit_index: which exit of the model this is.
         seed: seed of the rule's codes and draws, when it is given by name.
         device, dtype: of the unembedding it makes.
@@ -56,6 +56,7 @@ class ExitHead(nn.Module):
         z_loss: float = 0.0,
         softcap: float | None = None,
         backend: Backend = "auto",
+        preset: Preset = "fast",
         exit_index: int = 0,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -65,6 +66,7 @@ class ExitHead(nn.Module):
         _checks.loss_options(reduction, label_smoothing, z_loss, softcap)
         _checks.call_options(ignore_index, exit_index, None)
         _checks.choice("backend", backend, BACKENDS)
+        _checks.choice("preset", preset, PRESETS)
         if isinstance(feedback, str):
             feedback = make_feedback(feedback, hidden_size, vocab_size, seed=seed).to(device)
         self.feedback = feedback
@@ -81,6 +83,7 @@ class ExitHead(nn.Module):
         self.z_loss = z_loss
         self.softcap = softcap
         self.backend: Backend = backend
+        self.preset: Preset = preset
         self.exit_index = exit_index
 
     def forward(
@@ -106,6 +109,7 @@ class ExitHead(nn.Module):
             softcap=self.softcap,
             num_items=num_items,
             backend=self.backend,
+            preset=self.preset,
             exit_index=self.exit_index,
         )
         assert isinstance(loss, Tensor)

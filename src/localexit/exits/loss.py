@@ -138,3 +138,42 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of the rows of two [n, V] matrices: [n]."""
     # `sum` adds pairwise. A matrix product adds one after the other, and at V = 5000 is off by forty times as much.
     return by_rows(lambda a, b: (a * b).sum(1), a, b)
+
+
+def tile_error(
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    is_counted: Tensor,
+    options: LossOptions,
+    vocab_size: int,
+    bias: Tensor | None,
+) -> None:
+    """Turn a tile of raw logits [N, n] into the error for row weight one, in place.
+
+    Args:
+        logits: fp32 or fp64, bias included; overwritten.
+        target: integer [N], relative to the tile: outside 0..n-1 where the gold token is elsewhere.
+        lse: [N].
+        is_counted: bool [N]; other rows become zero, whatever they hold.
+        options: options of the loss.
+        vocab_size: V of the whole vocabulary.
+        bias: part of the logits already.
+    """
+    del bias
+    slope = None
+    if options.softcap is not None:
+        capped = logits.div_(options.softcap).tanh_()
+        slope = 1 - capped.square()
+        logits.mul_(options.softcap)
+    probs = logits.sub_(lse[:, None]).exp_()
+    if options.z_loss:
+        probs.mul_((1 + 2 * options.z_loss * lse)[:, None])
+    if options.label_smoothing:
+        probs.sub_(options.label_smoothing / vocab_size)
+    is_here = (target >= 0) & (target < logits.shape[1])
+    gold = torch.where(is_here, target, 0).long()[:, None]
+    probs.scatter_add_(1, gold, (options.label_smoothing - 1) * is_here.to(probs.dtype)[:, None])
+    if slope is not None:
+        probs.mul_(slope)
+    probs.masked_fill_(~is_counted[:, None], 0)

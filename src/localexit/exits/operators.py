@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from localexit.exits.backends import stages_of
-from localexit.exits.chunked import ExitCall, ExitResult, run_exit, storage_dtype
+from localexit.exits.chunked import ExitCall, ExitResult, LossCall, run_exit, storage_dtype
 from localexit.exits.loss import LossOptions
+from localexit.exits.tiled import add_tiled_grads
 from localexit.feedback.base import accumulate_dtype
 from localexit.feedback.registry import from_spec
 
@@ -45,8 +46,11 @@ def exit_loss(
     need_bias: bool,
     need_stats: bool,
     backend: str,
+    preset: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss of one exit and, when `is_summed`, the gradients of the sum, finished; see `ExitCall` for the arguments.
+
+    With the preset "memory" dW and db are left to the backward, which makes them by vocabulary tiles.
 
     With `is_summed` the loss is `Σ row_weight · row_loss`; without, it is the vector of the products, and the
     gradients are left to the backward, which knows what reaches each token.
@@ -68,10 +72,11 @@ def exit_loss(
         options=LossOptions(ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap),
         chunk_bytes=chunk_bytes,
         need_hidden=need_hidden and is_summed,
-        need_weight=need_weight and is_summed,
-        need_bias=need_bias and is_summed,
+        need_weight=need_weight and is_summed and preset == "fast",
+        need_bias=need_bias and is_summed and preset == "fast",
         need_stats=need_stats,
         backend=backend,
+        preset=preset,
     )
     # The dtypes are decided: an autocast region around the call must not change the products inside.
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -122,6 +127,7 @@ def _exit_loss_fake(
     need_bias: bool,
     need_stats: bool,
     backend: str,
+    preset: str,
 ) -> _Outputs:
     dtype = accumulate_dtype(compute_dtype)
     num_rows = hidden.shape[0]
@@ -143,8 +149,8 @@ def _exit_loss_fake(
         rows(need_stats),
         rows(kind=torch.bool),
         like(hidden, need_hidden),
-        like(weight, need_weight),
-        like(bias, need_bias),
+        like(weight, need_weight and preset == "fast"),
+        like(bias, need_bias and preset == "fast"),
     )
 
 
@@ -198,9 +204,82 @@ def _refuse_double_backward(ctx: Any, *upstream: Tensor) -> NoReturn:
 scale_gradients.register_autograd(_refuse_double_backward)
 
 
+@torch.library.custom_op("localexit::tiled_gradients", mutates_args=())
+def tiled_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_weight: Tensor,
+    lse: Tensor,
+    compute_dtype: torch.dtype,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients dW and db of the memory preset, finished; see `exits.tiled`. What is not needed is empty.
+
+    The row weights include what comes from above.
+    """
+    options = LossOptions(ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap)
+    call = LossCall(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        target=target,
+        row_weight=row_weight,
+        compute_dtype=compute_dtype,
+        options=options,
+    )
+    stages = stages_of(backend)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        sums = accumulate_dtype(compute_dtype)
+        # A tile's product is rounded once, to the gradient's dtype where that is the product's own.
+        dtype = weight.dtype if weight.dtype == stages.value_dtype(call) else sums
+        weight_grad = torch.zeros_like(weight, dtype=dtype) if need_weight else None
+        bias_grad = torch.zeros_like(weight[:, 0], dtype=sums) if need_bias else None
+        add_tiled_grads(call, lse, stages, weight_grad=weight_grad, bias_grad=bias_grad)
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    return (
+        hidden.new_empty(0) if weight_grad is None else weight_grad.to(weight.dtype),
+        hidden.new_empty(0) if bias_grad is None else bias_grad.to(bias_dtype),
+    )
+
+
+@tiled_gradients.register_fake
+def _tiled_gradients_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_weight: Tensor,
+    lse: Tensor,
+    compute_dtype: torch.dtype,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    return (
+        weight.new_empty(weight.shape) if need_weight else hidden.new_empty(0),
+        weight.new_empty(weight.shape[0], dtype=bias_dtype) if need_bias else hidden.new_empty(0),
+    )
+
+
+tiled_gradients.register_autograd(_refuse_double_backward)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     hidden, weight, bias, target, row_weight, state, uniforms, anchor_rows, *rest = inputs
-    _, row_loss, _, _, _, _, _, feedback, weight_grad, bias_grad = output
+    _, row_loss, lse, _, _, _, _, *grads = output
     ctx.mark_non_differentiable(*output[1:])
     # Else the backward is handed a zero for every output without a gradient, one of them as large as the weight.
     ctx.set_materialize_grads(False)
@@ -208,38 +287,60 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     ctx.rest = rest
     ctx.is_summed = rest[7]
     ctx.needs = rest[8:11]
-    if ctx.is_summed:
-        ctx.save_for_backward(hidden, weight, bias, row_loss, feedback, weight_grad, bias_grad)
-    else:
-        ctx.save_for_backward(hidden, weight, bias, row_loss, target, row_weight, uniforms, anchor_rows, *state)
+    again = grads if ctx.is_summed else (uniforms, anchor_rows, *state)
+    ctx.save_for_backward(hidden, weight, bias, target, row_weight, row_loss, lse, *again)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
     nothing = (None,) * (len(ctx.rest) + 2)
     if upstream is None:
         return (None, None, None, None, None, [None] * ctx.num_state, *nothing)
+    hidden, weight, bias, target, row_weight, row_loss, lse, *again = ctx.saved_tensors
     if ctx.is_summed:
-        hidden, weight, bias, row_loss, *grads = ctx.saved_tensors
-        factor = upstream
+        grads = scale_gradients(upstream, *again, hidden, weight, bias)
     else:
-        hidden, weight, bias, row_loss, *grads = _recompute(ctx, upstream)
-        factor = upstream.new_ones(())
-    grads = scale_gradients(factor, *grads, hidden, weight, bias)
-    hidden_grad, weight_grad, bias_grad = (
-        grad if is_needed else None for grad, is_needed in zip(grads, ctx.needs, strict=True)
+        grads = _recompute(ctx, hidden, weight, bias, target, upstream * row_weight, again)
+    hidden_grad, weight_grad, bias_grad = grads
+    need_hidden, need_weight, need_bias = ctx.needs
+    if ctx.rest[-1] == "memory" and (need_weight or need_bias):
+        _, compute_dtype, ignore_index, label_smoothing, z_loss, softcap, *_ = ctx.rest
+        weight_grad, bias_grad = tiled_gradients(
+            hidden,
+            weight,
+            bias,
+            target,
+            upstream * row_weight,
+            lse,
+            compute_dtype,
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            softcap,
+            need_weight,
+            need_bias,
+            ctx.rest[-2],
+        )
+    return (
+        hidden_grad if need_hidden else None,
+        weight_grad if need_weight else None,
+        bias_grad if need_bias else None,
+        None,
+        upstream * row_loss if ctx.needs_input_grad[4] else None,
+        [None] * ctx.num_state,
+        *nothing,
     )
-    row_weight_grad = upstream * row_loss if ctx.needs_input_grad[4] else None
-    return (hidden_grad, weight_grad, bias_grad, None, row_weight_grad, [None] * ctx.num_state, *nothing)
 
 
-def _recompute(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _recompute(
+    ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, row_weight: Tensor, again: list[Any]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for one upstream number a token: the exit once more, with that as the row weight."""
-    hidden, weight, bias, row_loss, target, row_weight, uniforms, anchor_rows, *state = ctx.saved_tensors
+    uniforms, anchor_rows, *state = again
     rest = list(ctx.rest)
     rest[7] = True
     with torch.no_grad():
-        outputs = exit_loss(hidden, weight, bias, target, upstream * row_weight, state, uniforms, anchor_rows, *rest)
-    return (hidden, weight, bias, row_loss, *outputs[7:])
+        outputs = exit_loss(hidden, weight, bias, target, row_weight, state, uniforms, anchor_rows, *rest)
+    return scale_gradients(row_weight.new_ones(()), *outputs[7:], hidden, weight, bias)
 
 
 exit_loss.register_autograd(_backward, setup_context=_setup_context)

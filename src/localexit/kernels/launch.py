@@ -10,7 +10,7 @@ from torch import Tensor
 
 from localexit.exits.loss import LossOptions
 from localexit.feedback.base import DRAW_GROUP
-from localexit.kernels.rows import error_kernel, repair_kernel
+from localexit.kernels.rows import error_kernel, repair_kernel, tile_error_kernel
 from localexit.kernels.select import select_kernel, weighted_rows_kernel
 
 # Rows a program of the error pass: with pipelined loads it runs at the speed of a copy (docs/performance.md).
@@ -119,3 +119,24 @@ def weighted_rows(ids: Tensor, weights: Tensor, rows: Tensor, dtype: torch.dtype
         ids, weights, rows, rows.stride(0), out, width, PICKS=num_picks, BLOCK=block, num_warps=4
     )
     return out
+
+
+def tile_error(
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    is_counted: Tensor,
+    options: LossOptions,
+    vocab_size: int,
+    bias: Tensor | None,
+) -> None:
+    """As `exits.loss.tile_error`, from logits without the bias."""
+    num_rows, num_columns = logits.shape
+    if num_rows == 0:
+        return
+    block = min(1024, triton.next_power_of_2(num_columns))
+    tile_error_kernel[(num_rows, triton.cdiv(num_columns, block))](
+        logits, logits.stride(0), logits if bias is None else bias, target, lse, is_counted, num_columns,
+        vocab_size, options.label_smoothing, options.z_loss, options.softcap or 1.0,
+        HAS_BIAS=bias is not None, SOFTCAP=options.softcap is not None, BLOCK=block, num_warps=4,
+    )  # fmt: skip

@@ -186,3 +186,25 @@ def repair_kernel(
     tl.store(scale + index, 1.0)
     if NEED_STATS:
         tl.store(entropy + index, tl.log(s) - (slanted - tl.exp(-top) * top) / s)
+
+
+@triton.jit
+def tile_error_kernel(
+    logits, stride, bias, target, lse, is_counted, num_columns, vocab_size, smoothing, z_loss, softcap,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The error of a tile of columns for row weight one, in place; one program a row and BLOCK columns."""
+    index = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < num_columns
+    z = tl.load(logits + index * stride + cols, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+    z, slope = _cap(z, softcap, SOFTCAP)
+    row_lse = tl.load(lse + index)
+    gold = tl.load(target + index)
+    a = 1 + 2 * z_loss * row_lse
+    error = a * tl.exp(z - row_lse) - smoothing / vocab_size - tl.where(cols == gold, 1 - smoothing, 0.0)
+    # Selected, not multiplied: a row that does not count may hold anything.
+    error = tl.where(tl.load(is_counted + index) != 0, error * slope, 0.0)
+    tl.store(logits + index * stride + cols, error.to(logits.dtype.element_ty), mask=inside)

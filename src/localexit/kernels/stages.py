@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from localexit.exits.chunked import ExitCall, Stages, add_weight_grad, call_rule, plain_logits
+from localexit.exits.chunked import LossCall, Stages, add_weight_grad, call_rule, plain_logits
 from localexit.exits.loss import LossOptions, RowResult
 from localexit.feedback.base import Error
-from localexit.kernels.launch import error_pass, select, weighted_rows
+from localexit.kernels.launch import error_pass, select, tile_error, weighted_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def _grouped_view(values: Tensor, scale: Tensor, result: RowResult) -> Error:
     return GroupedError(values=values, scale=scale, group_max=result.group_max, group_sum=result.group_sum)
 
 
-def _compute_dtype(call: ExitCall) -> torch.dtype:
+def _compute_dtype(call: LossCall) -> torch.dtype:
     return call.compute_dtype
 
 
@@ -89,6 +89,7 @@ TRITON = Stages(
     name="triton",
     logits=_logits_without_bias,
     loss_and_error=fused_loss_and_error,
+    tile_error=tile_error,
     add_weight_grad=add_weight_grad,
     view=_grouped_view,
     feedback=call_rule,

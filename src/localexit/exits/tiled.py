@@ -1,0 +1,53 @@
+"""dW by vocabulary tiles: the second pass of the memory preset.
+
+The first pass left the log-sum-exp of every token. A tile of columns then needs its own logits only: they are made
+again, turned into the error, and give the tile's rows of dW in one product over all tokens. A third product, for which
+no [V, D] accumulator and no large chunk of logits exists; and what reaches the loss from above is known by then, so the
+gradient is written once, scaled.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from localexit.exits.chunked import LossCall, Stages
+from localexit.feedback.base import product
+
+# Bytes of one tile [N, columns] of logits.
+TILE_BYTES = 64 * 2**20
+
+
+def add_tiled_grads(
+    call: LossCall, lse: Tensor, stages: Stages, *, weight_grad: Tensor | None, bias_grad: Tensor | None
+) -> None:
+    """Add dW to `weight_grad` [V, D] and db to `bias_grad` [V], in place.
+
+    Args:
+        call: the exit; its row weights include what comes from above.
+        lse: [N] log-sum-exp of the logits that the loss saw.
+        stages: the backend's steps.
+        weight_grad: accumulator, or None to leave dW out; in the dtype of the products, or the accumulation dtype.
+        bias_grad: accumulator in the accumulation dtype, or None.
+    """
+    vocab_size = call.weight.shape[0]
+    is_counted = call.target != call.options.ignore_index
+    is_counted &= (call.target >= 0) & (call.target < vocab_size)
+    scale = torch.where(is_counted, call.row_weight, 0)[:, None]
+    value_dtype = stages.value_dtype(call)
+    scaled = torch.where(is_counted[:, None], call.hidden, 0).mul(scale).to(value_dtype)
+    hidden = call.hidden.to(call.compute_dtype)
+    buffer_dtype = stages.buffer_dtype(call)
+    columns = max(1, TILE_BYTES // (max(len(hidden), 1) * buffer_dtype.itemsize))
+    buffer = hidden.new_empty(len(hidden) * min(columns, vocab_size), dtype=buffer_dtype)
+    for start in range(0, vocab_size, columns):
+        tile = slice(start, min(start + columns, vocab_size))
+        bias = None if call.bias is None else call.bias[tile].to(scale.dtype)
+        logits = buffer[: len(hidden) * (tile.stop - start)].view(len(hidden), tile.stop - start)
+        stages.logits(hidden, call.weight[tile].to(call.compute_dtype), bias, logits)
+        stages.tile_error(logits, call.target - start, lse, is_counted, call.options, vocab_size, bias)
+        values = logits.to(value_dtype)
+        if weight_grad is not None:
+            stages.add_weight_grad(weight_grad[tile], values, scaled)
+        if bias_grad is not None:
+            bias_grad[tile] += product(values.T, scale.to(value_dtype), bias_grad.dtype)[:, 0]
