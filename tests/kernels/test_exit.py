@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from localexit.exits import functional
+from localexit.exits import functional, tiled
 from localexit.exits.functional import exit_step
 from localexit.exits.reference import reference_exit
 from localexit.feedback import RULES, Feedback, WeightMirror, make_feedback
@@ -111,3 +111,17 @@ def test_nan_in_the_weight_after_dw_does_not_reach_the_feedback(monkeypatch: pyt
     poisoned = replace(TRITON, feedback=poisoning)
     monkeypatch.setattr(functional, "stages_of", lambda _: poisoned)
     assert torch.equal(exit_step(hidden, weight, target, feedback=rule).feedback, clean)
+
+
+@pytest.mark.parametrize("options", [{}, {"z_loss": 1e-2, "softcap": 5.0}, {"label_smoothing": 0.1}])
+def test_the_memory_preset_equals_the_oracle(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, "TILE_BYTES", 64 * NUM_TOKENS * 4)
+    hidden, weight, bias, target, token_weight = make_case()
+    rule = make_rule("anchors")
+    grad_weight, grad_bias = torch.zeros(VOCAB, HIDDEN), torch.zeros(VOCAB)
+    extra = {"feedback": rule, "linear_bias": bias, "token_weight": token_weight, **options}
+    step = exit_step(hidden, weight, target, grad_weight=grad_weight, grad_bias=grad_bias, preset="memory", **extra)
+    expected = reference_exit(hidden, weight, target, **extra)
+    assert relative(step.feedback, expected.feedback) < 1e-4
+    assert relative(grad_weight, expected.weight_grad) < 1e-5
+    assert relative(grad_bias, expected.bias_grad) < 1e-5
