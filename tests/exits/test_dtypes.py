@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exits.canaries import HEADS, RULES, VOCAB, WIDTH, make_case, make_head, relative_error
+from exits.canaries import CLOSE, HEADS, RULES, VOCAB, WIDTH, make_case, make_head, relative_error
 from localexit import exit_cross_entropy, exit_step
 from localexit.exits import head_operators, operators
 from localexit.exits.chunked import PLAIN
@@ -153,9 +153,14 @@ def test_converted_rules(row: Row, name: str, probe: Probe) -> None:
     assert rule.step.dtype == torch.int64
     for _ in range(2):
         exit_cross_entropy(hidden, weight, case.target, feedback=rule).backward()
-        assert probe.seen["read in"] == row["read in"]
+        # Few rows are gathered as they are stored; the sum is in the error's dtype.
+        assert "sampled" in name or probe.seen["read in"] == row["read in"]
+        assert probe.seen["feedback"] == torch.float32
         assert hidden.grad.dtype == row["input.grad"]
-        assert hidden.grad.isfinite().all()
+        if row["input.grad"] == torch.float32:
+            # What is rounded is what is stored: the oracle takes the rule's own numbers.
+            assert relative_error(hidden.grad, case.oracle().feedback) < CLOSE
+        hidden.grad = None
         # Also the mirror's update works on rows stored in any dtype.
         rule.update()
 

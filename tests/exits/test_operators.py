@@ -381,7 +381,7 @@ class TestLossScaling:
 
     @pytest.mark.parametrize("name", RULES)
     def test_without_scaling_small_errors_survive_the_forward(self, name: str) -> None:
-        # The finished gradients wait in fp32 for the upstream factor, and nothing on the way is smaller than fp32 holds.
+        # Finished gradients wait in fp32 for the upstream factor, and nothing before them is rounded to fp16.
         case = make_case(name, dtype=torch.float16)
         hidden, _ = case.leaves()
         loss = exit_cross_entropy(hidden, case.weight, case.target, feedback=case.rule, num_items=2**30)

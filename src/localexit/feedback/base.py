@@ -102,9 +102,14 @@ class Error:
         return torch.cat([kept, drawn], dim=1), torch.cat([self.gather(kept), weights], dim=1)
 
     def weighted_rows(self, ids: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
-        """Σ_j weights[i, j] rows[ids[i, j]] for each i, without a [n, k, D] tensor: [n, D] in the rows' dtype."""
-        weights = weights.to(rows.dtype)
-        return nn.functional.embedding_bag(ids, rows, per_sample_weights=weights, mode="sum")
+        """Σ_j weights[i, j] rows[ids[i, j]] for each i, without a [n, k, D] tensor: [n, D] in the weights' dtype."""
+        if rows.dtype == weights.dtype:
+            return nn.functional.embedding_bag(ids, rows, per_sample_weights=weights, mode="sum")
+        # Rows in low precision: their dtype can hold neither the weights of a mean over many tokens nor the sum.
+        total = weights.new_zeros(ids.shape[0], rows.shape[1])
+        for column, weight in zip(ids.T, weights.T, strict=True):
+            total.addcmul_(rows[column].to(weights.dtype), weight[:, None])
+        return total
 
     def _scaled(self, rows: Tensor) -> Tensor:
         return self.scale[:, None] * rows.to(self.scale.dtype)

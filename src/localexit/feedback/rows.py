@@ -45,7 +45,7 @@ class _Rows(Feedback):
     def forward(self, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
         (rows,) = prepared
         if self.sampled:
-            return sampled_rows(error, tokens, rows, topk=self.topk).to(error.scale.dtype)
+            return sampled_rows(error, tokens, rows, topk=self.topk)
         return error.matmul(rows)
 
 
