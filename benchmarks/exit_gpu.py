@@ -3,10 +3,12 @@
     python benchmarks/exit_gpu.py [--output benchmarks/results/exit_gpu.json] [--original PATH]
 
 First a gate: nothing is timed unless loss and dW of every rule are right, within twice what plain PyTorch is off in the
-same dtype (the peers' errors are shown). Then, shape by shape, one interleaved run, the peak
-memory above what was allocated before the call, and the ratio to the forward product of the same run. The table comes
-last. "step" is `exit_step` (dW added to an accumulator), "autograd" is `exit_cross_entropy(...).backward()`, whose
-gradients are also multiplied by what comes from above. Peers that are not installed are listed as not available.
+same dtype (the peers' errors are shown). Then, shape by shape, one interleaved run, the peak memory above what was
+allocated before the call, and the ratio to the forward product of the same run. The table comes last.
+
+"step" is `exit_step`: dW is added to an accumulator that was there. "autograd" is `exit_cross_entropy(...).backward()`:
+the gradients are also multiplied by what comes from above, and count as memory. "memory" is the same with the memory
+preset. Peers that are not installed are listed as not available.
 """
 
 from __future__ import annotations
@@ -65,6 +67,12 @@ def run_step(rule: Feedback, inputs: Inputs) -> Tensor:
 
 def run_autograd(rule: Feedback, inputs: Inputs) -> Tensor:
     loss = exit_cross_entropy(inputs.hidden, inputs.weight, inputs.target, feedback=rule)
+    loss.backward()
+    return loss
+
+
+def run_memory(rule: Feedback, inputs: Inputs) -> Tensor:
+    loss = exit_cross_entropy(inputs.hidden, inputs.weight, inputs.target, feedback=rule, preset="memory")
     loss.backward()
     return loss
 
@@ -191,6 +199,7 @@ def measure_shape(shape: tuple[int, int, int], original: Path | None, rounds: in
         rules[name].rows = inputs.weight.detach().clone()
     runs: dict[str, Run] = {f"{name} step": partial(run_step, rule) for name, rule in rules.items()}
     runs |= {f"{name} autograd": partial(run_autograd, rule) for name, rule in rules.items()}
+    runs |= {f"{name} memory": partial(run_memory, rules[name]) for name in ("anchors", "dense", "mirror_sampled")}
     runs |= {name: run for name, run in peers().items() if run is not None}
     runs |= originals(original, *shape[1:])
     expected = exact(inputs)

@@ -40,6 +40,7 @@ def test_auto_takes_the_kernels_where_they_run() -> None:
         ({"name": "parallel"}, "raw logits"),
         ({"options": LossOptions(label_smoothing=0.1, softcap=5.0)}, "label_smoothing"),
         ({"name": "transport_sampled", "options": LossOptions(label_smoothing=0.1)}, "label_smoothing"),
+        ({"name": "hybrid", "options": LossOptions(label_smoothing=0.1)}, "selects tokens"),
         ({"options": LossOptions(softcap=50.0)}, "softcap=50.0"),
     ],
 )

@@ -107,6 +107,14 @@ def test_select_equals_the_plain_step(vocab_size: int, topk: int, spread: float)
     assert torch.allclose(weights, expected_weights[:, 1 + topk :], rtol=1e-4)
 
 
+def test_select_without_draws() -> None:
+    logits, _, target = logits_of(300, 1.0)
+    result = error_pass(logits, target, LossOptions(), bias=None, need_groups=True)
+    top, drawn, _ = select(logits, target, torch.empty(ROWS, 0), result.group_max, result.group_sum, 4)
+    assert torch.equal(top, Error(values=logits, scale=torch.ones(ROWS)).topk(4, target))
+    assert drawn.shape == (ROWS, 0)
+
+
 def test_weighted_rows_equals_the_plain_step() -> None:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(50, (ROWS, 9), generator=generator)

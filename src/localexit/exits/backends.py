@@ -30,8 +30,8 @@ def triton_refusal(
         return f"it computes in bfloat16 or float32, and the products here are in {compute_dtype}"
     if rule.needs_logits:
         return f"feedback {rule.name!r} reads the raw logits, which the kernels overwrite"
-    if options.label_smoothing and (rule.num_draws or options.softcap):
-        return "label_smoothing together with softcap, or with a sampled rule, is not in the kernels"
+    if options.label_smoothing and (rule.selects or options.softcap):
+        return "label_smoothing together with softcap, or with a rule that selects tokens, is not in the kernels"
     if options.softcap is not None and options.softcap > _MOST_SOFTCAP:
         return f"softcap={options.softcap} is above {_MOST_SOFTCAP}, the most the one pass allows"
     if not _HAS_TRITON:

@@ -319,7 +319,7 @@ class _Loop:
             bias=self.bias,
             need_error=call.need_error,
             need_logits=call.need_hidden and call.rule.needs_logits,
-            need_groups=call.need_hidden and call.rule.num_draws > 0,
+            need_groups=call.need_hidden and call.rule.selects,
             need_stats=call.need_stats,
         )
         self._keep_rows(rows, result)

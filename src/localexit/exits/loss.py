@@ -71,7 +71,7 @@ def loss_and_error(
         bias: [V], already part of the logits; `logit_product` leaves it out.
         need_error: False for the loss alone (`logits` then hold probabilities).
         need_logits: keep the raw logits and their product with the error.
-        need_groups: a backend may keep sums of groups for draws; this one does not.
+        need_groups: a backend may keep maxima and sums of groups for selections; this one does not.
         need_stats: also arg-max and entropy.
     """
     del need_groups

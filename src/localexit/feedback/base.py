@@ -170,6 +170,7 @@ class Feedback(nn.Module):
         codes: names of the buffers the rule reads.
         needs_weight: True only for the exact baseline: it alone is given the unembedding.
         needs_logits: the rule reads `Error.dot_logits()` or `Tokens.logits`.
+        selects: the rule asks the error for its largest entries, or for draws.
         is_additive: f(e1 + e2) = f(e1) + f(e2) for fixed logits, anchors and draws.
     """
 
@@ -180,6 +181,7 @@ class Feedback(nn.Module):
 
     name: str
     is_additive: bool = True
+    selects: bool = False
     # How many tokens the rule wants as anchors of a call, draws a token, forward pairs an exit and step.
     num_anchors: int = 0
     num_draws: int = 0

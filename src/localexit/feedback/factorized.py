@@ -173,6 +173,7 @@ class Hybrid(_Factorized):
     codes: ClassVar = ("exact_codes", "bucket", "sign", "expander")
     name = "hybrid"
     is_additive = False
+    selects = True
     exact_codes: Tensor
     bucket: Tensor
     sign: Tensor

@@ -28,13 +28,14 @@ def sampled_rows(error: Error, tokens: Tokens, rows: Tensor, *, topk: int) -> Te
 class _Rows(Feedback):
     """f = e · rows, whole or sampled."""
 
-    options: ClassVar = ("sampled", "topk", "num_draws")
+    options: ClassVar = ("sampled", "selects", "topk", "num_draws")
     rows: Tensor
 
     def _set_sampling(self, sampled: bool, topk: int, num_draws: int) -> None:
         self.sampled = bool(sampled)
         # Which entries are kept exactly depends on the error.
         self.is_additive = not self.sampled
+        self.selects = self.sampled
         self.topk = _checks.count("topk", topk, minimum=0)
         self.num_draws = _checks.count("num_draws", num_draws, minimum=1) if sampled else 0
 

@@ -103,7 +103,7 @@ def select(
     select_kernel[(num_rows,)](
         values, values.stride(0), target, uniforms, group_max, group_sum, num_groups, vocab_size, top, drawn, weights,
         TOP=topk, TOP_BLOCK=triton.next_power_of_2(max(topk, 1)),
-        DRAWS=num_draws, DRAWS_BLOCK=triton.next_power_of_2(num_draws),
+        DRAWS=num_draws, DRAWS_BLOCK=triton.next_power_of_2(max(num_draws, 1)),
         GROUP=DRAW_GROUP, GROUPS=triton.next_power_of_2(num_groups), num_warps=4,
     )  # fmt: skip
     return top, drawn, weights

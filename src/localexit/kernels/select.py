@@ -55,27 +55,28 @@ def select_kernel(
             mass = tl.where(groups == _nth(chosen, k, TOP_BLOCK), _nth(left, k, TOP_BLOCK), mass)
         tl.store(top_ids + index * TOP + slots, taken.to(tl.int64), mask=slots < TOP)
 
-    draws = tl.arange(0, DRAWS_BLOCK)
-    draw_inside = draws < DRAWS
-    running = tl.cumsum(mass, 0)
-    total = tl.sum(mass, 0)
-    threshold = tl.load(uniforms + index * DRAWS + draws, mask=draw_inside, other=0.0) * total
-    group = tl.sum((running[None, :] <= threshold[:, None]).to(tl.int32), 1)
-    group = tl.minimum(group, num_groups - 1)
-    before = tl.sum(tl.where(groups[None, :] < group[:, None], mass[None, :], 0.0), 1)
-    ids = group[:, None] * GROUP + lanes[None, :]
-    is_free = (ids < vocab_size) & (ids != gold)
-    for k in tl.static_range(TOP):
-        is_free = is_free & (ids != _nth(taken, k, TOP_BLOCK))
-    entries = tl.load(row + ids, mask=is_free, other=0.0).to(tl.float32)
-    magnitude = tl.abs(entries)
-    offset = tl.sum((tl.cumsum(magnitude, 1) <= (threshold - before)[:, None]).to(tl.int32), 1)
-    # Rounding may point past the last entry with mass: there the weight is zero.
-    is_drawn = (lanes[None, :] == offset[:, None]) & (magnitude > 0)
-    sign = tl.sum(tl.where(is_drawn, tl.where(entries > 0, 1.0, -1.0), 0.0), 1)
-    token = tl.minimum(group * GROUP + tl.minimum(offset, GROUP - 1), vocab_size - 1)
-    tl.store(drawn_ids + index * DRAWS + draws, token.to(tl.int64), mask=draw_inside)
-    tl.store(drawn_weights + index * DRAWS + draws, sign * total / DRAWS, mask=draw_inside)
+    if DRAWS > 0:
+        draws = tl.arange(0, DRAWS_BLOCK)
+        draw_inside = draws < DRAWS
+        running = tl.cumsum(mass, 0)
+        total = tl.sum(mass, 0)
+        threshold = tl.load(uniforms + index * DRAWS + draws, mask=draw_inside, other=0.0) * total
+        group = tl.sum((running[None, :] <= threshold[:, None]).to(tl.int32), 1)
+        group = tl.minimum(group, num_groups - 1)
+        before = tl.sum(tl.where(groups[None, :] < group[:, None], mass[None, :], 0.0), 1)
+        ids = group[:, None] * GROUP + lanes[None, :]
+        is_free = (ids < vocab_size) & (ids != gold)
+        for k in tl.static_range(TOP):
+            is_free = is_free & (ids != _nth(taken, k, TOP_BLOCK))
+        entries = tl.load(row + ids, mask=is_free, other=0.0).to(tl.float32)
+        magnitude = tl.abs(entries)
+        offset = tl.sum((tl.cumsum(magnitude, 1) <= (threshold - before)[:, None]).to(tl.int32), 1)
+        # Rounding may point past the last entry with mass: there the weight is zero.
+        is_drawn = (lanes[None, :] == offset[:, None]) & (magnitude > 0)
+        sign = tl.sum(tl.where(is_drawn, tl.where(entries > 0, 1.0, -1.0), 0.0), 1)
+        token = tl.minimum(group * GROUP + tl.minimum(offset, GROUP - 1), vocab_size - 1)
+        tl.store(drawn_ids + index * DRAWS + draws, token.to(tl.int64), mask=draw_inside)
+        tl.store(drawn_weights + index * DRAWS + draws, sign * total / DRAWS, mask=draw_inside)
 
 
 @triton.jit

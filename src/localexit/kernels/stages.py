@@ -18,11 +18,16 @@ class GroupedError(Error):
     """View of the error that finds its largest entries, and draws, through maxima and sums of groups of entries.
 
     Attributes:
-        group_max, group_sum: fp32 [n, G] of the magnitudes of `values` without gold; empty when no rule draws.
+        group_max, group_sum: fp32 [n, G] of the magnitudes of `values` without gold; empty when no rule selects.
     """
 
     group_max: Tensor = field(default_factory=lambda: torch.empty(0))
     group_sum: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def topk(self, k: int, exclude: Tensor) -> Tensor:
+        """As `Error.topk`."""
+        no_draws = self.scale.new_empty(self.scale.shape[0], 0)
+        return select(self.values, exclude, no_draws, self.group_max, self.group_sum, k)[0]
 
     def select(self, k: int, uniforms: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """As `Error.select`, in one kernel."""
