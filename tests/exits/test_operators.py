@@ -35,7 +35,7 @@ from localexit.exits import operators
 from localexit.exits.chunked import PLAIN
 from localexit.exits.functional import ExitStats
 from localexit.exits.head_operators import exit_logits, exit_logits_backward
-from localexit.exits.operators import exit_loss, scale_gradients
+from localexit.exits.operators import exit_loss, scale_gradients, tiled_gradients
 from localexit.feedback import WeightMirror
 from localexit.feedback.draws import choose_rows, token_uniforms
 
@@ -155,12 +155,14 @@ class TestOtherKindsOfDifferentiation:
             arguments[argument] = forward_ad.make_dual(arguments[argument], torch.ones_like(arguments[argument]))
             exit_cross_entropy(**arguments, target=case.target, feedback=case.rule)
 
+    @pytest.mark.parametrize("preset", ["fast", "memory"])
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     @pytest.mark.parametrize("wrt", ["hidden", "weight"])
-    def test_second_differentiation_raises(self, reduction: str, wrt: str) -> None:
+    def test_second_differentiation_raises(self, wrt: str, reduction: str, preset: str) -> None:
         case = make_case("dense")
         leaves = dict(zip(("hidden", "weight"), case.leaves(), strict=True))
-        loss = exit_cross_entropy(*leaves.values(), case.target, feedback=case.rule, reduction=reduction).sum()
+        options = {"reduction": reduction, "preset": preset}
+        loss = exit_cross_entropy(*leaves.values(), case.target, feedback=case.rule, **options).sum()
         (first,) = torch.autograd.grad(loss.square(), leaves[wrt], create_graph=True)
         with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
             first.square().sum().backward()
@@ -185,6 +187,24 @@ class TestOtherKindsOfDifferentiation:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         # A power of two scales without rounding.
         assert all(torch.equal(4 * a, b) for a, b in zip(first, scaled, strict=True))
+
+    def test_no_gradient_from_above(self) -> None:
+        # A function behind the loss may have nothing to give back.
+        class Nothing(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, loss: Tensor) -> Tensor:
+                ctx.shape = loss.shape
+                return loss.clone()
+
+            @staticmethod
+            def backward(ctx: Any, upstream: Tensor) -> None:
+                assert upstream.shape == ctx.shape
+
+        case = make_case("dense")
+        hidden, weight = case.leaves()
+        Nothing.apply(exit_cross_entropy(hidden, weight, case.target, feedback=case.rule)).backward()
+        assert hidden.grad is None
+        assert weight.grad is None
 
     def test_backward_twice_without_retain_graph_raises(self) -> None:
         case = make_case("dense")
@@ -588,6 +608,16 @@ class TestOpcheck:
         hidden, weight = torch.randn(7, 3).to(dtype), torch.randn(5, 3).to(dtype)
         grads = (torch.randn(7, 3), torch.randn(5, 3), torch.empty(0) if bias is None else torch.randn(5))
         torch.library.opcheck(scale_gradients, (torch.tensor(2.0), *grads, hidden, weight, bias))
+
+    @pytest.mark.parametrize(("need_weight", "need_bias"), [(True, True), (True, False), (False, True)])
+    def test_tiled_gradients(self, need_weight: bool, need_bias: bool) -> None:
+        case = make_case("dense")
+        bias = torch.linspace(-1, 1, VOCAB) if need_bias else None
+        lse = torch.full((NUM_TOKENS,), 5.0)
+        tensors = (case.hidden, case.weight, bias, case.target, torch.full((NUM_TOKENS,), 0.1), lse)
+        torch.library.opcheck(
+            tiled_gradients, (*tensors, torch.float32, -100, 0.0, 1e-2, None, need_weight, need_bias, "torch")
+        )
 
     @pytest.mark.parametrize("mode", HEADS)
     def test_exit_logits(self, mode: str) -> None:
