@@ -2,9 +2,10 @@
 
     python benchmarks/exit_cpu.py [--output benchmarks/results/exit_cpu.json] [--original PATH]
 
-First a gate: nothing is timed unless every loss and every gradient is right. Then one interleaved run. Then the peak
-memory of each contender, in a process of its own. The table comes last. `--original` takes the file of the heads this
-project started from, which is not part of it, and times them too.
+First a gate: nothing is timed unless every loss and every gradient is right. Then one interleaved run; with
+`--patience SECONDS` it waits while other processes work, and repeats what they disturbed. Then the peak memory of each
+contender, in a process of its own. The table comes last. `--original` takes the file of the heads this project started
+from, which is not part of it, and times them too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,11 +31,13 @@ import torch.nn.functional as F
 from timing import Times, interleaved
 from torch import Tensor
 
-from localexit import exit_cross_entropy, feedback_names, make_feedback
+from localexit import Feedback, exit_cross_entropy, feedback_names, make_feedback
+from localexit.exits.functional import Preset
 from localexit.exits.reference import reference_exit
 
 # A contender gives the loss and leaves gradients in hidden.grad and weight.grad.
 Run = Callable[["Inputs"], Tensor]
+SMALL = "anchors, preset='memory'"
 EAGER, CHUNKED, PRODUCT = "F.cross_entropy(h @ W.T)", "F.linear_cross_entropy", "one product h @ W.T"
 ORIGINALS = {
     "original dense": ("FactorizedExitHead", {"mode": "dense", "rank": 128}),
@@ -48,6 +52,7 @@ NOTES = {
     "parallel_topmass": "top-256 of V per token",
     "mirror": "third product; update included",
     "mirror_sampled": "top-16 and 16 draws of V per token; update included",
+    SMALL: "third product, in the backward, by vocabulary tiles",
     "transport": "third product",
     "transport_sampled": "top-16 and 16 draws of V per token",
     PRODUCT: "for scale: no loss, no gradient",
@@ -81,8 +86,8 @@ def make_inputs(shape: Shape, dtype: torch.dtype = torch.float32) -> Inputs:
     return Inputs(hidden=hidden.to(dtype).requires_grad_(), weight=weight.to(dtype).requires_grad_(), target=target)
 
 
-def run_rule(rule: torch.nn.Module, inputs: Inputs) -> Tensor:
-    loss = exit_cross_entropy(inputs.hidden, inputs.weight, inputs.target, feedback=rule)
+def run_rule(rule: Feedback, inputs: Inputs, preset: Preset = "fast") -> Tensor:
+    loss = exit_cross_entropy(inputs.hidden, inputs.weight, inputs.target, feedback=rule, preset=preset)
     loss.backward()
     rule.update()
     return loss
@@ -121,6 +126,7 @@ def contenders(shape: Shape, original: Path | None) -> dict[str, Run]:
     """What is compared, by name; rules with their default options."""
     sizes = (shape.hidden_size, shape.vocab_size)
     runs: dict[str, Run] = {name: partial(run_rule, make_feedback(name, *sizes)) for name in feedback_names()}
+    runs[SMALL] = partial(run_rule, make_feedback("anchors", *sizes), preset="memory")
     runs[EAGER] = run_eager
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         runs[CHUNKED] = run_chunked
@@ -219,11 +225,12 @@ def result(name: str, times: dict[str, Times], peak: float | None) -> dict[str, 
     own = times[name]
     return {
         "name": name,
-        "kind": "rule" if name in feedback_names() else "baseline",
+        "kind": "rule" if name in (*feedback_names(), SMALL) else "baseline",
         "median_s": own.median,
         "min_s": min(own.seconds),
         "max_s": max(own.seconds),
         "times_s": own.seconds,
+        "cores_used_by_others": own.others,
         "faster_than_eager": own.ratio_to(times[EAGER]),
         "products": 1 / own.ratio_to(times[PRODUCT]),
         "peak_mib": peak,
@@ -254,6 +261,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--original", type=Path, help="Python file of the original heads")
     parser.add_argument("--rounds", type=int, default=7, help="rounds timed, at least 5")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds to spend on waiting for a quiet machine")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rounds < 5:
@@ -264,6 +272,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
+    # The rule with the longest nucleus is timed with the nucleus it has by default.
+    warnings.filterwarnings("ignore", message="the nucleus of some tokens")
     if arguments.memory_of is not None:
         print_memory(arguments.memory_of, arguments.original)
         return
@@ -275,7 +285,8 @@ def main() -> None:
     check(runs, inputs, exact(inputs))
     print(f"timing: {len(runs)} contenders, {arguments.rounds} rounds ...", flush=True)
     runs[PRODUCT] = run_product
-    times = interleaved({name: partial(clean_run, run, inputs) for name, run in runs.items()}, rounds=arguments.rounds)
+    timed = {name: partial(clean_run, run, inputs) for name, run in runs.items()}
+    times = interleaved(timed, rounds=arguments.rounds, patience=arguments.patience)
     print("memory: one process each ...", flush=True)
     peaks = {name: None if name == PRODUCT else measure_memory(name, arguments) for name in runs}
     results = [result(name, times, peaks[name]) for name in runs]
