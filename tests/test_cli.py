@@ -102,7 +102,7 @@ def test_audit_prints_what_passed(source: str, trained: Path, capsys: pytest.Cap
     model = {"run": trained, "model": trained / "model", "preset": "tiny"}[source]
     assert cli.run(["audit", str(model), "--exits", "every:2"]) == 0
     printed = capsys.readouterr().out
-    assert "audit of feedback 'mirror_sampled' on 1 units: passed" in printed
+    assert "audit of feedback 'mirror' on 1 units: passed" in printed
 
 
 def test_a_rule_that_reads_the_weights_fails_the_audit(capsys: pytest.CaptureFixture[str]) -> None:

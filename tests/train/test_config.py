@@ -65,7 +65,7 @@ def test_differences_name_the_fields_and_leave_the_free_ones_out() -> None:
     config = TrainConfig()
     other = TrainConfig(lr=1e-2, feedback=FeedbackSpec.parse("dense"), threads=7, device="cpu")
     assert config.differences(other) == [
-        "feedback: the run has 'mirror_sampled', got 'dense'",
+        "feedback: the run has 'mirror', got 'dense'",
         f"lr: the run has {config.lr!r}, got 0.01",
     ]
     assert config.differences(config) == []

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from localexit.feedback import feedback_names
 from localexit.train.config import FeedbackSpec, TrainConfig
 from localexit.train.loop import resolve_device, resolve_precision
 from localexit.train.trainer import NonFiniteError, RunFailedError, StepResult, Trainer
@@ -129,32 +130,44 @@ def test_a_finished_run_resumes_to_nothing_more(text: Path, cache_dir: Path, tmp
 
 
 KILLED = """
-import os, sys
+import json, os, sys
 from pathlib import Path
+# Imported once for all runs: it takes longer than they do.
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 from train.small_runs import train_quietly
 from localexit.train.config import TrainConfig
 from localexit.train.trainer import Trainer
-import json
 
+configs, die_at, folder, cache_dir, mode = sys.argv[1:]
 train_step = Trainer.train_step
 
 def dying(self):
-    if self.step == int(sys.argv[2]):
-        os._exit(9)
-    return train_step(self)
+    if self.step < int(die_at):
+        return train_step(self)
+    # A child of its own for every run: what is dead writes nothing more.
+    os._exit(9)
 
 Trainer.train_step = dying
-config = TrainConfig.from_json(json.loads(sys.argv[1]))
-train_quietly(config, Path(sys.argv[3]), Path(sys.argv[4]), resume=sys.argv[5] == "resume")
+codes = set()
+for content in json.loads(configs):
+    config = TrainConfig.from_json(content)
+    child = os.fork()
+    if child == 0:
+        train_quietly(config, Path(folder) / config.feedback.name, Path(cache_dir), resume=mode == "resume")
+        os._exit(0)
+    codes.add(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+sys.exit(max(codes))
 """
 
 
-def train_in_new_process(config: TrainConfig, run: Path, cache_dir: Path, *, die_at: int, resume: bool) -> int:
-    """Train in another process, which dies before the step after `die_at`; its exit code."""
+def train_in_new_process(
+    configs: list[TrainConfig], folder: Path, cache_dir: Path, *, die_at: int, resume: bool
+) -> int:
+    """Train in another process, where every run stops dead before the step after `die_at`; the process's exit code."""
     tests = Path(__file__).parents[1]
     path = os.pathsep.join([str(tests), str(tests.parent / "src"), os.environ.get("PYTHONPATH", "")])
     mode = "resume" if resume else "start"
-    arguments = [json.dumps(config.to_json()), str(die_at), str(run), str(cache_dir), mode]
+    arguments = [json.dumps([config.to_json() for config in configs]), str(die_at), str(folder), str(cache_dir), mode]
     ended = subprocess.run(
         [sys.executable, "-c", KILLED, *arguments],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
@@ -166,18 +179,28 @@ def train_in_new_process(config: TrainConfig, run: Path, cache_dir: Path, *, die
     return ended.returncode
 
 
-@pytest.mark.parametrize("rule", ["mirror_sampled", "dense"])
-def test_two_processes_do_what_one_does_bit_by_bit(text: Path, cache_dir: Path, tmp_path: Path, rule: str) -> None:
-    config = small_config(
-        text, steps=40, eval_every=10, checkpoint_every=20, sample_tokens=2, feedback=FeedbackSpec.parse(rule)
-    )
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    threads = torch.get_num_threads()
-    train_quietly(config, whole, cache_dir)
-    torch.set_num_threads(threads)
-    assert train_in_new_process(config, halves, cache_dir, die_at=25, resume=False) == 9
-    assert [line["step"] for line in records(halves, "train")] == list(range(1, 26))
-    assert train_in_new_process(config, halves, cache_dir, die_at=40, resume=True) == 0
+@pytest.mark.filterwarnings("ignore:feedback 'parallel:UserWarning")
+@pytest.mark.parametrize(
+    "rules", [("mirror_sampled", "dense"), pytest.param(feedback_names(), marks=pytest.mark.slow, id="every rule")]
+)
+def test_two_processes_do_what_one_does_bit_by_bit(
+    text: Path, cache_dir: Path, tmp_path: Path, rules: tuple[str, ...]
+) -> None:
+    options: dict[str, Any] = {"steps": 40, "eval_every": 10, "checkpoint_every": 20, "sample_tokens": 2}
+    configs = [small_config(text, **options, feedback=FeedbackSpec.parse(rule)) for rule in rules]
+    for config in configs:
+        train_quietly(config, tmp_path / "whole" / config.feedback.name, cache_dir)
+    halves = tmp_path / "halves"
+    assert train_in_new_process(configs, halves, cache_dir, die_at=25, resume=False) == 9
+    for rule in rules:
+        assert [line["step"] for line in records(halves / rule, "train")] == list(range(1, 26))
+    assert train_in_new_process(configs, halves, cache_dir, die_at=40, resume=True) == 0
+    for rule in rules:
+        assert_same_run(tmp_path / "whole" / rule, halves / rule)
+
+
+def assert_same_run(whole: Path, halves: Path) -> None:
+    """Same log but for times, same last checkpoint."""
     kinds = ("train", "valid", "sample")
     assert without_times(records(halves, *kinds)) == without_times(records(whole, *kinds))
     assert [line["event"] for line in records(halves, "event")] == ["started", "resumed", "finished"]
@@ -263,6 +286,24 @@ def test_a_value_that_is_not_finite_ends_the_run_with_its_last_checkpoint(
     assert train_quietly(config, tmp_path / "run", cache_dir, resume=True).status == "finished"
 
 
+def test_a_context_longer_than_the_model_takes_is_refused(text: Path, cache_dir: Path, tmp_path: Path) -> None:
+    run = train_quietly(small_config(text, steps=3), tmp_path / "run", cache_dir).run.path
+    config = small_config(text, model=str(run / "model"), vocab_size=None, context=17)
+    with pytest.raises(ValueError, match="context: expected at most the 16 tokens"):
+        train_quietly(config, tmp_path / "other", cache_dir)
+
+
+def test_code_that_comes_with_a_model_is_not_run(text: Path, cache_dir: Path, tmp_path: Path) -> None:
+    run = train_quietly(small_config(text, steps=3), tmp_path / "run", cache_dir).run.path
+    path = run / "model" / "config.json"
+    content = {**json.loads(path.read_text()), "auto_map": {"AutoModelForCausalLM": "evil.Evil"}, "model_type": "evil"}
+    path.write_text(json.dumps(content))
+    (run / "model" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        train_quietly(small_config(text, model=str(run / "model"), vocab_size=None), tmp_path / "other", cache_dir)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_full_disk_ends_the_run_with_its_last_checkpoint(
     text: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,7 +355,7 @@ def test_options_of_the_exits_are_applied(
         {"exit_norm": "none"},
         {"train_blocks": False},
         {"vocab_size": 300},
-        {"feedback": FeedbackSpec.parse("mirror_sampled:num_pairs=2")},
+        {"feedback": FeedbackSpec.parse("mirror:num_pairs=2")},
     ],
 )
 def test_every_option_changes_what_is_learned(

@@ -113,7 +113,7 @@ class TrainConfig:
     data: str = "stdlib"
     model: str = "demo"
     vocab_size: int | None = None
-    feedback: FeedbackSpec = FeedbackSpec(name="mirror_sampled")
+    feedback: FeedbackSpec = FeedbackSpec(name="mirror")
     exits: str = "every"
     exit_norm: ExitNorm = "shared"
     backward: Backward = "stream"

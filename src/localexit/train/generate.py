@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from localexit import _checks
 from localexit.local import LocalModel
 from localexit.local.trace import eval_mode
-from localexit.train.models import model_config
+from localexit.train.models import longest_context, model_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +53,16 @@ def generate(
         sampling: how tokens are chosen.
 
     Raises:
-        ValueError: there is no such exit.
+        ValueError: there is no such exit, or nothing to begin with.
     """
-    end_id = model_config(local).eos_token_id
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end_id]
+    end_ids = _end_ids(local)
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or end_ids[:1]
+    if not ids:
+        raise ValueError("prompt: expected text, got none, and the model has no token that begins a text; pass some")
     written: list[int] = []
     shown = ""
     for token in generate_ids(local, ids, exit_index=exit_index, sampling=sampling or Sampling()):
-        if token == end_id:
+        if token in end_ids:
             break
         written.append(token)
         text = tokenizer.decode(written)
@@ -81,7 +84,7 @@ def generate_ids(local: LocalModel, ids: list[int], *, exit_index: int, sampling
     """Yield token ids; past the model's longest context it goes on from the last half of it."""
     from transformers import DynamicCache
 
-    limit = model_config(local).max_position_embeddings
+    limit = longest_context(model_config(local)) or sys.maxsize
     device = local.unembedding.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)
     cache, num_cached = DynamicCache(), 0
@@ -95,6 +98,12 @@ def generate_ids(local: LocalModel, ids: list[int], *, exit_index: int, sampling
         logits = local.exit_logits(exit_index, new, past_key_values=cache, use_cache=True, logits_to_keep=1)
         ids.append(choose(logits[0, -1].float().cpu(), sampling, generator))
         yield ids[-1]
+
+
+def _end_ids(local: LocalModel) -> list[int]:
+    """The ids that end a text; configurations have one, several or none."""
+    ids = model_config(local).eos_token_id
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

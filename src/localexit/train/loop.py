@@ -229,7 +229,7 @@ def _train(run: _Run) -> Outcome:
         with run.stop.listening():
             while trainer.step < config.steps and run.stop.signal_number is None:
                 _step(run)
-            if trainer.step < config.steps:
+            if not (run.folder.checkpoints / f"step-{trainer.step}").exists():
                 _checkpoint(run)
     except NonFiniteError as error:
         run.log.event(trainer.step, "non_finite", str(error))

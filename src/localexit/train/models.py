@@ -66,7 +66,18 @@ def build_model(config: TrainConfig, *, vocab_size: int, end_of_text_id: int) ->
             f"model {config.model!r} has an unembedding of {model_vocab_size} tokens, but its tokenizer has "
             f"{vocab_size}; resize the model's embeddings, or save it with its own tokenizer"
         )
+    longest = longest_context(model.config)
+    if longest is not None and config.context > longest:
+        raise ValueError(
+            f"context: expected at most the {longest} tokens that model {config.model!r} takes, got {config.context}; "
+            f"pass {longest} or less"
+        )
     return model
+
+
+def longest_context(architecture: Any) -> int | None:
+    """How many tokens a model of `transformers` takes at once; None where its configuration names no limit."""
+    return getattr(architecture, "max_position_embeddings", None)
 
 
 def model_config(local: LocalModel) -> Any:
@@ -118,7 +129,9 @@ def load_pretrained(name: str) -> Any:
 
     try:
         with without_progress_bars() if Path(name).is_dir() else nullcontext():
-            return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+            return AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise _cannot_load(name, "model", error) from error
 
@@ -147,7 +160,7 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, int]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _cannot_load(name, "tokenizer", error) from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
