@@ -118,7 +118,7 @@ class TrainConfig:
     exit_norm: ExitNorm = "shared"
     backward: Backward = "stream"
     train_blocks: bool = True
-    steps: int = 700
+    steps: int = 1000
     batch_size: int = 8
     accumulate: int = 1
     context: int = 128
