@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Entries of the error are summed in groups of this many when a token is drawn, so that a draw touches one group only.
 GROUP = 128
@@ -34,27 +34,28 @@ def reduce_groups(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
     return by_rows(of, values)
 
 
-def group_ids(groups: Tensor) -> Tensor:
-    """Ids of the entries of the groups [n, s]: [n, s, GROUP]; in the last group they may run past the vocabulary."""
-    return groups[..., None] * GROUP + torch.arange(GROUP, device=groups.device)
+def entries(values: Tensor, groups: Tensor, exclude: Tensor, fill: float) -> Tensor:
+    """Magnitudes of the entries of groups [n, s] of values [n, V]: [n, s, GROUP].
 
-
-def magnitudes(values: Tensor, ids: Tensor) -> Tensor:
-    """|values[i, ids[i, j, g]]|, zero past the vocabulary: [n, s, GROUP]."""
-    vocab_size = values.shape[1]
-    found = values.gather(1, ids.clamp_max(vocab_size - 1).flatten(1)).view(ids.shape)
-    return found.abs().masked_fill(ids >= vocab_size, 0)
-
-
-def without(inside: Tensor, groups: Tensor, exclude: Tensor) -> Tensor:
-    """`inside` [n, s, GROUP], entries of the groups [n, s], with those of the tokens exclude [n, k] set to zero."""
-    num_slots = groups.shape[1]
-    slots = torch.arange(num_slots, device=groups.device)[:, None]
+    `fill` stands in place of the tokens exclude [n, k], and of what lies past the vocabulary.
+    """
+    found = torch.cat([_gather_groups(values, groups, fill).flatten(1), values.new_empty(len(values), 1)], dim=1)
+    slots = torch.arange(groups.shape[1], device=groups.device)[:, None]
     is_here = groups[:, :, None] == (exclude // GROUP)[:, None, :]  # [n, s, k]
-    # Tokens of other groups go to one place behind the others.
-    place = torch.where(is_here, slots * GROUP + (exclude % GROUP)[:, None, :], num_slots * GROUP)
-    keep = inside.new_ones(inside.shape[0], num_slots * GROUP + 1).scatter_(1, place.flatten(1), 0)
-    return inside * keep[:, :-1].view_as(inside)
+    # Tokens of other groups go to the one place behind the others.
+    place = torch.where(is_here, slots * GROUP + (exclude % GROUP)[:, None, :], found.shape[1] - 1)
+    found.scatter_(1, place.flatten(1), fill)
+    return found[:, :-1].unflatten(1, (groups.shape[1], GROUP))
+
+
+def _gather_groups(values: Tensor, groups: Tensor, fill: float) -> Tensor:
+    num_whole, num_rest = divmod(values.shape[1], GROUP)
+    rest = nn.functional.pad(values[:, num_whole * GROUP :].abs(), (0, GROUP - num_rest), value=fill)[:, None]
+    if num_whole == 0:
+        return rest.expand(-1, groups.shape[1], -1)
+    whole = values[:, : num_whole * GROUP].unflatten(1, (num_whole, GROUP))
+    found = whole.gather(1, groups.clamp_max(num_whole - 1)[..., None].expand(-1, -1, GROUP)).abs_()
+    return torch.where((groups == num_whole)[..., None], rest, found) if num_rest else found
 
 
 def largest(values: Tensor, k: int, exclude: Tensor) -> Tensor:
@@ -62,10 +63,10 @@ def largest(values: Tensor, k: int, exclude: Tensor) -> Tensor:
     # They lie in k groups, and the excluded one can only add its own to those with the largest entries.
     highs = reduce_groups(values, torch.amax)
     groups = highs.topk(min(k + 1, highs.shape[1]), dim=1).indices
-    ids = group_ids(groups).flatten(1)
-    found = values.gather(1, ids.clamp_max(values.shape[1] - 1)).abs()
-    found.masked_fill_((ids == exclude[:, None]) | (ids >= values.shape[1]), -1)
-    return ids.gather(1, found.topk(k, dim=1).indices)
+    # Below every magnitude, also where all of them are zero.
+    found = entries(values, groups, exclude[:, None], -1).flatten(1)
+    place = found.topk(k, dim=1).indices
+    return groups.gather(1, place // GROUP) * GROUP + place % GROUP
 
 
 def draw(values: Tensor, uniforms: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,11 +81,10 @@ def draw(values: Tensor, uniforms: Tensor, exclude: Tensor) -> tuple[Tensor, Ten
     sums = reduce_groups(values, lambda rows, dim: rows.sum(dim, dtype=dtype))
     # What the excluded leave behind in their groups is summed anew: to subtract them would leave rounding noise.
     touched = exclude // GROUP
-    left = without(magnitudes(values, group_ids(touched)).to(dtype), touched, exclude)
-    sums = sums.scatter(1, touched, left.sum(-1))
+    sums = sums.scatter(1, touched, entries(values, touched, exclude, 0).sum(-1, dtype=dtype))
     total = sums.sum(-1, keepdim=True)
     group, rest = _invert(sums, uniforms * total)
-    inside = without(magnitudes(values, group_ids(group)).to(dtype), group, exclude)
+    inside = entries(values, group, exclude, 0).to(dtype)
     offset, _ = _invert(inside, rest[..., None])
     # A rounding error at the end of the last group may point behind its last entry: nothing is drawn then.
     is_drawn = inside.gather(-1, offset)[..., 0] > 0
