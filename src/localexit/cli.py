@@ -86,9 +86,9 @@ class Generate:
     def execute(self) -> int:
         """Print the prompt and, piece by piece, what follows it."""
         from localexit.report.text import visible
+        from localexit.train.devices import resolve_device
         from localexit.train.folder import load_run
         from localexit.train.generate import Sampling, generate
-        from localexit.train.loop import resolve_device
 
         sampling = Sampling(
             max_new_tokens=self.max_new_tokens,

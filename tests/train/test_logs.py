@@ -62,7 +62,9 @@ def test_every_line_is_in_the_file_at_once(tmp_path: Path) -> None:
 
 def test_what_was_measured_after_a_checkpoint_is_dropped_and_events_stay(tmp_path: Path) -> None:
     path = written(tmp_path / "metrics.jsonl", 4)
+    mode = path.stat().st_mode
     drop_after(path, 2)
+    assert path.stat().st_mode == mode
     assert steps(path) == [("event", 0), ("train", 1), ("train", 2), ("event", 4)]
     drop_after(path, 0)
     assert steps(path) == [("event", 0), ("event", 4)]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from localexit.feedback import feedback_names
 from localexit.train.config import FeedbackSpec, TrainConfig
-from localexit.train.loop import resolve_device, resolve_precision
+from localexit.train.devices import resolve_device, resolve_precision
 from localexit.train.trainer import NonFiniteError, RunFailedError, StepResult, Trainer
 from train.small_runs import small_config, train_quietly, write_corpus
 
@@ -238,6 +238,23 @@ def test_a_damaged_checkpoint_is_skipped_and_the_log_says_so(text: Path, cache_d
     assert "skipped checkpoint step-6: model.safetensors is damaged" in resumed["detail"]
     assert "continued from checkpoint step-3" in resumed["detail"]
     assert without_times(records(run, *kinds)) == measured
+
+
+def test_only_damaged_checkpoints_do_not_start_the_run_over(text: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config = small_config(text)
+    run = train_quietly(config, tmp_path / "run", cache_dir).run.path
+    before = (run / "metrics.jsonl").read_text()
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / "state.json").unlink()
+    with pytest.raises(ValueError, match="run: expected a whole checkpoint .* step-6: state.json is missing.*step-3"):
+        train_quietly(config, run, cache_dir, resume=True)
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused(text: Path, cache_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="run: expected a folder that can be written"):
+        train_quietly(small_config(text), tmp_path / "file" / "run", cache_dir)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -8,6 +8,7 @@ import torch
 
 from localexit.local import LocalModel
 from localexit.train.batches import valid_batches
+from localexit.train.devices import autocast
 from localexit.train.tokens import TokenStream
 
 
@@ -62,8 +63,3 @@ def validate(
         accuracy=tuple(accuracy),
         num_tokens=int(count),
     )
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """A region whose products run in `precision`; plain for fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)

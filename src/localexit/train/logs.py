@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,7 @@ def drop_after(path: Path, step: int) -> None:
                 new.write(line)
         new.flush()
         os.fsync(new.fileno())
+        shutil.copymode(path, temporary)
 
 
 def _is_kept(line: bytes, step: int) -> bool:

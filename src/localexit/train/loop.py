@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 import torch
@@ -18,11 +16,13 @@ from localexit.train.batches import BatchSampler
 from localexit.train.checkpoint import load_newest, save_checkpoint
 from localexit.train.config import TrainConfig
 from localexit.train.data import RunData, load_data
+from localexit.train.devices import resolve_device, resolve_precision
 from localexit.train.evaluate import validate
 from localexit.train.folder import RunFolder, export_model, versions
 from localexit.train.generate import Sampling, sample_text
 from localexit.train.logs import Board, Display, MetricsLog, drop_after
 from localexit.train.models import attach_exits, build_model, check_name
+from localexit.train.stop import StopRequest
 from localexit.train.trainer import NonFiniteError, RunFailedError, Trainer
 
 PROMPT_TOKENS = 16
@@ -41,32 +41,6 @@ class Outcome:
     run: RunFolder
     status: Literal["finished", "interrupted"]
     signal_number: int | None = None
-
-
-@dataclass(kw_only=True)
-class StopRequest:
-    """Whether somebody asked for the end; the step in hand is finished first."""
-
-    signal_number: int | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the first Ctrl-C (or SIGTERM) as a request; a second one ends at once."""
-        try:
-            before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:
-            # Not the main thread: signals are somebody else's.
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal_number is not None:
-            raise KeyboardInterrupt
-        self.signal_number = number
 
 
 @dataclass(kw_only=True)
@@ -125,7 +99,7 @@ def train(
         folder.check_corpus(data.record)
     trainer = _make_trainer(config, data, device=device, precision=precision)
     if not resume:
-        folder.write(config, data.record, trainer.local, device)
+        _write_folder(folder, trainer, data)
     try:
         with _started(folder, config, data, trainer, console, resume=resume) as run:
             return _train(run)
@@ -147,29 +121,11 @@ def check_same_config(mine: TrainConfig, theirs: TrainConfig) -> None:
         )
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; "auto" takes a GPU where there is one.
-
-    Raises:
-        ValueError: unknown, or not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _write_folder(folder: RunFolder, trainer: Trainer, data: RunData) -> None:
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device must be 'auto' or a device torch can use here, got {name!r}: {reason}") from error
-    return device
-
-
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """fp32 or bf16; "auto" takes bf16 on a GPU that has it."""
-    if name == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return torch.bfloat16 if name == "bf16" else torch.float32
+        folder.write(trainer.config, data.record, trainer.local, trainer.device)
+    except OSError as error:
+        raise ValueError(f"run: expected a folder that can be written, got {str(folder.path)!r}: {error}") from error
 
 
 def _make_trainer(config: TrainConfig, data: RunData, *, device: torch.device, precision: torch.dtype) -> Trainer:
@@ -215,6 +171,11 @@ def _started(
 
 def _restore(folder: RunFolder, trainer: Trainer, lines: list[str]) -> None:
     snapshot = load_newest(folder.checkpoints, lines.append)
+    if snapshot is None and lines:
+        raise ValueError(
+            f"run: expected a whole checkpoint in {str(folder.checkpoints)!r}, but {'; '.join(lines)}; put one "
+            f"back, or delete the damaged ones to start over"
+        )
     if snapshot is None:
         lines.append("no checkpoint yet: from the beginning")
     else:

@@ -13,7 +13,7 @@ from localexit.local import LocalModel
 from localexit.train.batches import BatchSampler
 from localexit.train.checkpoint import CheckpointError, Snapshot
 from localexit.train.config import TrainConfig
-from localexit.train.evaluate import autocast
+from localexit.train.devices import autocast
 from localexit.train.optim import make_optimizer, make_scheduler
 
 
