@@ -189,6 +189,34 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> No
     assert newest(tmp_path) == (3, [])
 
 
+@pytest.mark.parametrize("is_damaged", [True, False])
+def test_later_checkpoints_give_way_to_one_saved_after_going_back(tmp_path: Path, is_damaged: bool) -> None:
+    save_checkpoint(tmp_path, snapshot(100))
+    for step in (200, 300):
+        later = save_checkpoint(tmp_path / "elsewhere", snapshot(step))
+        if is_damaged:
+            flip_a_bit(later / "model.safetensors")
+        later.rename(tmp_path / later.name)
+    (tmp_path / "step-0150").mkdir()
+    save_checkpoint(tmp_path, snapshot(150))
+    assert steps_in(tmp_path) == [150, 100]
+    assert newest(tmp_path) == (150, [])
+
+
+def test_later_checkpoints_stay_until_the_new_one_was_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, snapshot(200))
+
+    def refuse(path: Path) -> None:
+        raise CheckpointError("damaged")
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError):
+        patch.setattr(checkpoint, "verify", refuse)
+        save_checkpoint(tmp_path, snapshot(150))
+    assert steps_in(tmp_path) == [200]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs fork")
 def test_a_kill_at_any_write_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     """Stop the process at each system call that changes the folder, one after the other."""

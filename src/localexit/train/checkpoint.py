@@ -30,7 +30,7 @@ MANIFEST_FILE = "manifest.json"
 LARGEST_JSON = 16 * 2**20
 
 _TEMPORARY = ".unfinished-"
-_NAME = re.compile(r"step-(\d{1,15})")
+_NAME = re.compile(r"step-(0|[1-9]\d{0,14})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,12 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
-    """Write `folder/step-N`; once it has been read back, delete all but the newest two.
+    """Write `folder/step-N`; once it has been read back, delete all but it and the one before.
+
+    Checkpoints of later steps are deleted too: the run has gone back behind them, and is on another way now.
 
     Raises:
-        OSError: it could not be written; older checkpoints are untouched.
+        OSError: it could not be written; other checkpoints are untouched.
         CheckpointError: what was read back is not what was written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,8 +76,10 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         raise
     _sync(folder)
     verify(final)
-    for old in checkpoint_folders(folder)[NUM_KEPT:]:
-        _delete(old)
+    newest_first = checkpoint_folders(folder)
+    position = newest_first.index(final)
+    for other in newest_first[:position] + newest_first[position + NUM_KEPT :]:
+        _delete(other)
     return final
 
 
