@@ -101,6 +101,10 @@ def damage(path: Path, what: str) -> None:
     content = json.loads(header.read_text())
     if what == "short":
         path.write_bytes(path.read_bytes()[:-2])
+    elif what == "one bit":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(bytes(data))
     elif what == "gone":
         path.unlink()
     elif what == "not json":
@@ -113,7 +117,10 @@ def damage(path: Path, what: str) -> None:
         header.write_text(json.dumps(content | {"dtype": "float64"}))
 
 
-@pytest.mark.parametrize("what", ["short", "gone", "not json", "other keys", "other format", "other dtype"])
+DAMAGES = ["short", "one bit", "gone", "not json", "other keys", "other format", "other dtype"]
+
+
+@pytest.mark.parametrize("what", DAMAGES)
 def test_damaged_files_are_refused_with_a_remedy(
     corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path, what: str
 ) -> None:
@@ -121,6 +128,33 @@ def test_damaged_files_are_refused_with_a_remedy(
     damage(path, what)
     with pytest.raises(ValueError, match=r"^token stream: expected .*; got .*; delete .* they are made again$"):
         TokenStream(path)
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_damaged_files_in_the_cache_are_made_again(
+    corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path, what: str
+) -> None:
+    first = load_tokens(corpus, tokenizer, split="valid", cache_dir=tmp_path)
+    expected, header = first.tokens.tolist(), first.header
+    # A file that is mapped must not shrink.
+    del first
+    path = next((tmp_path / "tokens").glob("*.bin"))
+    damage(path, what)
+    again = load_tokens(corpus, tokenizer, split="valid", cache_dir=tmp_path)
+    assert again.tokens.tolist() == expected
+    assert again.header == header
+
+
+def test_a_file_too_large_to_hash_is_judged_by_its_size(
+    corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = load_tokens(corpus, tokenizer, split="valid", cache_dir=tmp_path).path
+    damage(path, "one bit")
+    monkeypatch.setattr("localexit.train.tokens.LARGEST_HASHED", path.stat().st_size)
+    with pytest.raises(ValueError, match="sha256"):
+        TokenStream(path)
+    monkeypatch.setattr("localexit.train.tokens.LARGEST_HASHED", path.stat().st_size - 1)
+    assert len(TokenStream(path)) > 0
 
 
 def test_windows_do_not_overlap_and_leave_the_rest_out(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:

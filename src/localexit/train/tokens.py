@@ -26,6 +26,9 @@ from localexit.train.corpus import Corpus
 from localexit.train.documents import Document
 from localexit.train.tokenizer import encode_pieces, split_pieces
 
+# Hashing this much takes a second or two; more would be felt at every start.
+LARGEST_HASHED = 2**30
+
 _FORMAT = 1
 Split = Literal["train", "valid"]
 
@@ -63,12 +66,16 @@ class TokenStream:
     def __init__(self, path: Path) -> None:
         """Open the stream at `path`, a `.bin` file with its `.json` header beside it.
 
+        The file's sha256 is compared with the header's; above 1 GiB only its size is.
+
         Raises:
             ValueError: header missing, of another format, or at odds with the file.
         """
         self.path = path
         self.header = _read_header(path)
         self.tokens: npt.NDArray[np.unsignedinteger[Any]] = np.memmap(path, mode="r", dtype=_dtype(self.header.dtype))
+        if self.tokens.nbytes <= LARGEST_HASHED:
+            self._check_sha256()
 
     def __len__(self) -> int:
         return self.header.num_tokens
@@ -108,6 +115,14 @@ class TokenStream:
             )
         return self.tokens[: num_windows * context].reshape(num_windows, context)
 
+    def _check_sha256(self) -> None:
+        digest = hashlib.sha256(self.tokens).hexdigest()
+        if digest != self.header.sha256:
+            raise ValueError(
+                f"token stream: expected {self.path} with sha256 {self.header.sha256}; got {digest}; "
+                f"{_remedy(self.path)}"
+            )
+
 
 def load_tokens(
     corpus: Corpus,
@@ -117,7 +132,7 @@ def load_tokens(
     end_of_text_id: int = 0,
     cache_dir: Path | None = None,
 ) -> TokenStream:
-    """Token stream of one split, from the cache when it was made before.
+    """Token stream of one split, from the cache when it was made before and is not damaged.
 
     Documents are encoded in pieces of 16 Ki characters cut at white space. Our own tokenizers give the ids of the
     whole document; one that joins words across white space may differ from it at the cuts.
@@ -130,7 +145,10 @@ def load_tokens(
         cache_dir: where to keep the stream; `default_cache_dir()` when None.
     """
     path = _cache_path(corpus, tokenizer, split, end_of_text_id, cache_dir or default_cache_dir())
-    if not _header_path(path).is_file():
+    try:
+        return TokenStream(path)
+    except ValueError:
+        # Not made yet, or damaged: the text is at hand, and gives the same ids again.
         documents = corpus.train if split == "train" else corpus.valid
         _write_stream(path, documents, tokenizer, split, end_of_text_id)
     return TokenStream(path)
@@ -187,8 +205,12 @@ def _dtype(name: str) -> np.dtype[np.unsignedinteger[Any]]:
     return np.dtype(name).newbyteorder("<")
 
 
+def _remedy(path: Path) -> str:
+    return f"delete {path} and {_header_path(path).name}, they are made again"
+
+
 def _read_header(path: Path) -> StreamHeader:
-    remedy = f"delete {path} and {_header_path(path).name}, they are made again"
+    remedy = _remedy(path)
     try:
         header = StreamHeader(**json.loads(_header_path(path).read_text(encoding="utf-8")))
         size = path.stat().st_size
