@@ -116,7 +116,7 @@ class TokenStream:
         return self.tokens[: num_windows * context].reshape(num_windows, context)
 
     def _check_sha256(self) -> None:
-        digest = hashlib.sha256(self.tokens).hexdigest()
+        digest = hashlib.sha256(self.tokens.data).hexdigest()
         if digest != self.header.sha256:
             raise ValueError(
                 f"token stream: expected {self.path} with sha256 {self.header.sha256}; got {digest}; "
