@@ -20,8 +20,15 @@ from tokenizers import Tokenizer
 from localexit.local import LocalModel
 from localexit.train.cache import written_atomically
 from localexit.train.config import TrainConfig
-from localexit.train.models import attach_exits, load_pretrained, load_tokenizer, model_config, without_progress_bars
-from localexit.train.tokenizer import as_pretrained
+from localexit.train.models import (
+    PRESETS,
+    attach_exits,
+    load_pretrained,
+    load_tokenizer,
+    model_config,
+    without_progress_bars,
+)
+from localexit.train.tokenizer import as_pretrained, copy_pretrained
 
 FORMAT = 1
 _REMEDY = "pass a folder that `localexit train` wrote"
@@ -161,13 +168,24 @@ def new_run_folder(config: TrainConfig) -> Path:
 
 
 def export_model(run: RunFolder, local: LocalModel, tokenizer: Tokenizer) -> None:
-    """Write `model/`: what `transformers` loads, the tokenizer, the exits' own norms and the rule's state."""
+    """Write `model/`: what `transformers` loads, the tokenizer, the exits' own norms and the rule's state.
+
+    Args:
+        run: its configuration says which model it began with.
+        local: the model.
+        tokenizer: what a preset learned from the text; any other model passes its own on, special tokens and chat
+            template included.
+    """
     temporary = run.path / ".model"
     shutil.rmtree(temporary, ignore_errors=True)
     save: Any = local.model
     with without_progress_bars():
         save.save_pretrained(temporary)
-    as_pretrained(tokenizer).save_pretrained(temporary)
+    source = run.read_config().model
+    if source in PRESETS:
+        as_pretrained(tokenizer).save_pretrained(temporary)
+    else:
+        copy_pretrained(source, temporary)
     save_file(_exit_tensors(local), temporary / "exits.safetensors")
     if run.model.exists():
         shutil.rmtree(run.model)

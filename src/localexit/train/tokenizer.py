@@ -1,8 +1,9 @@
 """Byte-level BPE vocabularies, trained by the `tokenizers` package and cached on disk.
 
 `train_tokenizer(corpus, vocab_size=…)` returns a `tokenizers.Tokenizer`; `as_pretrained` wraps it for
-`save_pretrained`; `encode_pieces` is the bulk encoder that token streams are made with. Every text can be
-encoded and comes back unchanged: the 256 bytes are always in the vocabulary.
+`save_pretrained`, and `copy_pretrained` passes on one that came with a model; `encode_pieces` is the bulk encoder
+that token streams are made with. Every text can be encoded and comes back unchanged: the 256 bytes are always in
+the vocabulary.
 """
 
 from __future__ import annotations
@@ -70,6 +71,13 @@ def as_pretrained(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
     )
+
+
+def copy_pretrained(name: str, folder: Path) -> None:
+    """Save the tokenizer of the model `name`, a local folder or a hub name, to `folder` as it is."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(folder)
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str], *, batch_size: int = 256) -> Iterator[list[int]]:

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from train.small_runs import small_config, train_quietly
+
+CHAT_TEMPLATE = "{% for message in messages %}<s>{{ message.content }}</s>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def pretrained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of `transformers` whose tokenizer has other special tokens than ours, as large as its embedding."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>", "<tool>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train([str(path) for path in sorted(text.iterdir())], trainer)
+    folder = tmp_path_factory.mktemp("pretrained")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<tool>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+    fast.save_pretrained(folder)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=300, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, **sizes, **heads)
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_pretrained_model_keeps_its_tokenizer(pretrained: Path, text: Path, cache_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    config = small_config(text, model=str(pretrained), vocab_size=None, steps=3)
+    run = train_quietly(config, tmp_path / "run", cache_dir).run
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (pretrained, run.model))
+    assert len(after) == 300
+    assert after.get_vocab() == before.get_vocab()
+    assert after.special_tokens_map == before.special_tokens_map
+    assert (after.eos_token, after.bos_token, after.pad_token) == ("</s>", "<s>", None)
+    assert after.chat_template == CHAT_TEMPLATE
+    sentence = "<s>every block counts <tool> two numbers</s>"
+    assert after(sentence)["input_ids"] == before(sentence)["input_ids"]
+    again = small_config(text, model=str(run.model), vocab_size=None, steps=3)
+    assert train_quietly(again, tmp_path / "again", cache_dir).status == "finished"
