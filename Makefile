@@ -45,7 +45,7 @@ format: $(STAMP)  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## the CPU benchmark table
-	$(BIN)/localexit bench
+	$(BIN)/python benchmarks/exit_cpu.py
 
 coverage: $(STAMP)  ## line and branch coverage of src
 	$(PYTEST) -m "not long" --cov --cov-report=term-missing

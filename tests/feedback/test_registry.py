@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor
 
 from helpers.cases import RULES, SMALL
-from localexit import feedback_names, make_feedback
+from localexit import LogitAnchors, exit_cross_entropy, exit_step, feedback_names, make_feedback
 from localexit.exits.reference import _EQUATIONS
 from localexit.feedback import RULES as TABLE
-from localexit.feedback import feedback_options
+from localexit.feedback import Error, Tokens, feedback_options
 
 
 def test_names() -> None:
@@ -66,3 +68,24 @@ def test_options_the_name_decides_are_refused(name: str, option: str) -> None:
 
 def test_the_small_rules_of_the_tests_cover_all() -> None:
     assert tuple(SMALL) == feedback_names()
+
+
+class Halved(LogitAnchors):
+    """A rule defined outside the package."""
+
+    name = "halved"
+
+    def forward(self, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
+        return super().forward(error, tokens, prepared) / 2
+
+
+def test_a_rule_defined_elsewhere_runs_through_the_exit() -> None:
+    torch.manual_seed(0)
+    hidden, weight, target = torch.randn(9, 8), torch.randn(40, 8), torch.arange(9)
+    whole = exit_step(hidden, weight, target, feedback=LogitAnchors(8, 40)).feedback
+    half = exit_step(hidden, weight, target, feedback=Halved(8, 40)).feedback
+    assert whole is not None
+    assert torch.equal(half, whole / 2)
+    leaf = hidden.clone().requires_grad_()
+    exit_cross_entropy(leaf, weight, target, feedback=Halved(8, 40)).backward()
+    assert torch.equal(leaf.grad, half)

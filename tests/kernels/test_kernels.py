@@ -60,6 +60,18 @@ def test_error_pass_equals_the_plain_step(vocab_size: int, spread: float, name: 
     assert torch.allclose(capped.gather(1, result.argmax[:, None])[:, 0], capped.amax(1), rtol=1e-6)
 
 
+def test_a_saturated_soft_cap_is_not_an_overflow() -> None:
+    """Six tokens at the cap and gold at its negative: no entry is beyond exp(60), but their sum is."""
+    logits = torch.zeros(1, 300)
+    logits[0, :6], logits[0, 200] = 90.0, -120.0
+    options = LossOptions(softcap=30.0)
+    expected_error = logits.clone()
+    expected = loss_and_error(expected_error, torch.tensor([200]), options)
+    result = error_pass(logits, torch.tensor([200]), options, bias=None)
+    assert torch.allclose(result.loss, expected.loss, rtol=1e-5)
+    assert (logits * result.scale[:, None] - expected_error).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
 def test_error_pass_does_not_mind_a_common_offset(offset: float) -> None:
     logits, _, target = logits_of(300, 3.0)

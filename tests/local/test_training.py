@@ -208,3 +208,44 @@ def test_compiled_blocks_give_the_same_gradients(mode: str) -> None:
             out.loss.backward()
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, gradients(expected)[name])
+
+
+def test_micro_batches_draw_independently_until_the_update() -> None:
+    ids, labels = batch()
+    model = build("plain")
+    local = attached(model, "transport_sampled", backward="stream")
+    results = []
+    for with_update in (False, True, False):
+        model.zero_grad()
+        local(ids, labels)
+        results.append(torch.cat([grad.flatten() for grad in gradients(model.blocks).values()]))
+        if with_update:
+            local.update()
+    first, second, after_update = results
+    # The same tokens, other rows of the step, then another step: draws differ each time.
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, after_update)
+
+
+def test_a_forgotten_update_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(localexit.local.model, "_FORWARDS_WITHOUT_UPDATE", 3)
+    ids, labels = batch()
+    local = attached(build("plain"))
+    local(ids, labels)
+    local(ids, labels)
+    local.update()
+    local(ids, labels)
+    local(ids, labels)
+    with pytest.warns(UserWarning, match=r"3 training forwards without update\(\)"):
+        local(ids, labels)
+
+
+@pytest.mark.parametrize("option", [{"num_items": 3}, {"loss_scale": 2.0}])
+def test_options_of_training_are_refused_outside_of_it(option: dict[str, float]) -> None:
+    ids, labels = batch()
+    local = attached(build("llama"))
+    with pytest.raises(ValueError, match=rf"{next(iter(option))} given, but this is no training forward"):
+        local(ids, **option)
+    local.eval()
+    with pytest.raises(ValueError, match=r"no training forward"):
+        local(ids, labels, **option)

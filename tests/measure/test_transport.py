@@ -107,32 +107,25 @@ class UpdateFromWeight(WeightMirror):
         self.rows.copy_(self.secret[0])
 
 
-@pytest.fixture
-def as_registered(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[WeightMirror]], Feedback]:
-    """Puts a mutant in the mirror's place: operators find rules by the name of their class."""
-
-    def register(mutant: type[WeightMirror]) -> Feedback:
-        monkeypatch.setitem(localexit.feedback.registry._CLASSES, mutant.__name__, mutant)
-        return mutant(WIDTH, VOCAB, num_pairs=4)
-
-    return register
+def made(mutant: type[WeightMirror]) -> Feedback:
+    return mutant(WIDTH, VOCAB, num_pairs=4)
 
 
-def test_a_rule_that_is_handed_the_weight_is_noticed(as_registered: Any) -> None:
-    result = audit(as_registered(StateOfWeight))
+def test_a_rule_that_is_handed_the_weight_is_noticed() -> None:
+    result = audit(made(StateOfWeight))
     assert result.null_space_difference > 0.1
     assert not result.nan_boundary_is_bitwise
     assert result.is_handed_weight
 
 
-def test_a_rule_that_is_handed_a_copy_is_noticed_by_the_null_space(as_registered: Any) -> None:
-    result = audit(as_registered(StateOfCopy))
+def test_a_rule_that_is_handed_a_copy_is_noticed_by_the_null_space() -> None:
+    result = audit(made(StateOfCopy))
     assert result.null_space_difference > 0.1
     assert not result.passed
 
 
-def test_a_rule_that_learns_from_the_weight_itself_is_noticed(as_registered: Any) -> None:
-    inputs, rule = make_inputs(12, WIDTH, VOCAB), as_registered(UpdateFromWeight)
+def test_a_rule_that_learns_from_the_weight_itself_is_noticed() -> None:
+    inputs, rule = make_inputs(12, WIDTH, VOCAB), made(UpdateFromWeight)
     rule.secret = [inputs.weight]
     result = audit(rule, inputs)
     assert result.null_space_difference > 0.1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -70,6 +70,54 @@ class ExitStep:
     stats: ExitStats | None
 
 
+@overload
+def exit_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    feedback: Feedback,
+    linear_bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    num_items: int | float | Tensor | None = None,
+    backend: Backend = "auto",
+    return_stats: Literal[False] = False,
+    exit_index: int = 0,
+    first_row: int = 0,
+    preset: Preset = "fast",
+    chunk_bytes: int | None = None,
+) -> Tensor: ...
+
+
+@overload
+def exit_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    feedback: Feedback,
+    linear_bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    num_items: int | float | Tensor | None = None,
+    backend: Backend = "auto",
+    return_stats: Literal[True],
+    exit_index: int = 0,
+    first_row: int = 0,
+    preset: Preset = "fast",
+    chunk_bytes: int | None = None,
+) -> tuple[Tensor, ExitStats]: ...
+
+
 def exit_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -87,6 +135,7 @@ def exit_cross_entropy(
     backend: Backend = "auto",
     return_stats: bool = False,
     exit_index: int = 0,
+    first_row: int = 0,
     preset: Preset = "fast",
     chunk_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, ExitStats]:
@@ -127,10 +176,12 @@ def exit_cross_entropy(
         backend: "auto" chooses and says so in the stats; a named backend runs or raises.
         return_stats: also return `ExitStats`.
         exit_index: which exit of the model this is: exits draw independently.
+        first_row: number of the first token among all tokens of the optimiser step, for micro-batches and ranks: draws
+            belong to (seed, step, exit, row).
         preset: "fast" needs two products of the size of the logits' (and a third for rules that multiply with all V
             rows); "memory" makes dW in a second pass over tiles of the vocabulary, in the backward: one product more,
             and next to the gradients themselves no memory that grows with V·D.
-        chunk_bytes: size of the buffer for a chunk of logits; by default 31 MiB on the CPU and on a GPU 512 MiB, or
+        chunk_bytes: size of the buffer for a chunk of logits; by default 32 MiB on the CPU and on a GPU 512 MiB, or
             4 GiB with the Triton kernels, for which one chunk is best; at most 128 MiB in the memory preset.
 
     Returns:
@@ -156,6 +207,7 @@ def exit_cross_entropy(
         num_items=num_items,
         backend=backend,
         exit_index=exit_index,
+        first_row=first_row,
         preset=preset,
         chunk_bytes=chunk_bytes,
         need_hidden=_needs_grad(input),
@@ -164,7 +216,7 @@ def exit_cross_entropy(
         need_stats=bool(return_stats),
     )
     if torch.is_grad_enabled() and feedback.training:
-        _collect_pairs(feedback, call, exit_index)
+        _collect_pairs(feedback, call, exit_index, first_row)
     loss, _, lse, log_prob, argmax, entropy, is_bad, *_ = exit_loss(
         call.hidden,
         call.weight,
@@ -214,6 +266,7 @@ def exit_step(
     backend: Backend = "auto",
     return_stats: bool = False,
     exit_index: int = 0,
+    first_row: int = 0,
     preset: Preset = "fast",
     chunk_bytes: int | None = None,
     need_feedback: bool = True,
@@ -224,7 +277,7 @@ def exit_step(
 
     Args:
         input, linear_weight, target, feedback, linear_bias, token_weight, reduction, ignore_index, label_smoothing,
-            z_loss, softcap, num_items, backend, return_stats, exit_index, preset, chunk_bytes: see
+            z_loss, softcap, num_items, backend, return_stats, exit_index, first_row, preset, chunk_bytes: see
             `exit_cross_entropy`; a loss scale goes into `token_weight`. reduction "none" is not for a function
             without a backward.
         grad_weight: [V, D] in fp32 (fp64 for fp64 products), dW is added to it in place; None skips dW. For fp32
@@ -249,6 +302,7 @@ def exit_step(
             num_items=num_items,
             backend=backend,
             exit_index=exit_index,
+            first_row=first_row,
             preset=preset,
             chunk_bytes=chunk_bytes,
             need_hidden=need_feedback,
@@ -262,7 +316,7 @@ def exit_step(
         _checks.accumulator("grad_weight", grad_weight, linear_weight.shape, dtype, linear_weight)
         _checks.accumulator("grad_bias", grad_bias, linear_weight.shape[:1], dtype, linear_weight)
         if feedback.training:
-            _collect_pairs(feedback, call, exit_index)
+            _collect_pairs(feedback, call, exit_index, first_row)
         with torch.autocast(input.device.type, enabled=False):
             result = _run_preset(call, grad_weight, grad_bias)
         return _exit_step(call, result, input, target)
@@ -307,6 +361,7 @@ def _build_call(
     num_items: int | float | Tensor | None,
     backend: Backend,
     exit_index: int,
+    first_row: int,
     preset: Preset,
     chunk_bytes: int | None,
     need_hidden: bool,
@@ -317,6 +372,7 @@ def _build_call(
     _checks.shapes(input, weight, target, bias)
     _checks.feedback_fits(feedback, input, weight)
     _checks.call_options(options.ignore_index, exit_index, chunk_bytes)
+    _checks.count("first_row", first_row, minimum=0)
     _checks.num_items(num_items, reduction, input)
     _checks.token_weight(token_weight, target)
     _checks.choice("preset", preset, PRESETS)
@@ -324,7 +380,7 @@ def _build_call(
     flat_target = target.reshape(-1)
     is_counted = flat_target != options.ignore_index
     row_weight = _row_weight(is_counted, token_weight, reduction, num_items, accumulate_dtype(compute_dtype))
-    rows = torch.arange(flat_target.shape[0], device=input.device)
+    rows = torch.arange(flat_target.shape[0], device=input.device) + first_row
     draws = (feedback.seed, feedback.step, exit_index)
     return ExitCall(
         hidden=input.reshape(-1, input.shape[-1]),
@@ -335,7 +391,7 @@ def _build_call(
         compute_dtype=compute_dtype,
         rule=feedback,
         uniforms=token_uniforms(*draws, rows, feedback.num_draws) if feedback.num_draws else None,
-        anchor_rows=choose_rows(*draws, is_counted, feedback.num_anchors) if feedback.num_anchors else None,
+        anchor_rows=choose_rows(*draws, is_counted, feedback.num_anchors, first_row) if feedback.num_anchors else None,
         options=options,
         chunk_bytes=chunk_bytes,
         need_hidden=need_hidden,
@@ -375,12 +431,12 @@ def _row_weight(
 
 
 @torch.no_grad()
-def _collect_pairs(feedback: Feedback, call: ExitCall, exit_index: int) -> None:
+def _collect_pairs(feedback: Feedback, call: ExitCall, exit_index: int, first_row: int) -> None:
     """Hand a mirror forward pairs of this exit; it learns from them in its `update()`."""
     if not isinstance(feedback, WeightMirror):
         return
     is_counted = call.target != call.options.ignore_index
-    rows = choose_rows(feedback.seed, feedback.step, exit_index, is_counted, feedback.num_pairs)
+    rows = choose_rows(feedback.seed, feedback.step, exit_index, is_counted, feedback.num_pairs, first_row)
     hidden = torch.where(is_counted[rows, None], call.hidden[rows], 0).to(call.weight.dtype)
     # Measured in the weight's own dtype: autocast would round what the mirror is to learn.
     with torch.autocast(hidden.device.type, enabled=False):

@@ -20,7 +20,8 @@ from localexit.feedback.codes import (
     unit_codebook,
 )
 from localexit.feedback.draws import fresh_seed
-from localexit.feedback.factorized import hybrid_code
+from localexit.feedback.factorized import Dense, Hybrid, hybrid_code
+from localexit.feedback.parallel import ExactParallel
 from localexit.feedback.registry import make_feedback
 
 
@@ -67,15 +68,17 @@ class ExitHead(nn.Module):
         _checks.call_options(ignore_index, exit_index, None)
         _checks.choice("backend", backend, BACKENDS)
         _checks.choice("preset", preset, PRESETS)
-        if isinstance(feedback, str):
-            feedback = make_feedback(feedback, hidden_size, vocab_size, seed=seed).to(device)
-        self.feedback = feedback
         if weight is None:
             weight = nn.Parameter(torch.empty(vocab_size, hidden_size, device=device, dtype=dtype))
             nn.init.normal_(weight, std=0.02)
+        if not isinstance(weight, nn.Parameter):
+            raise TypeError(f"weight must be an nn.Parameter to share, got {type(weight).__name__}; pass module.weight")
         _checks.floating("weight", weight)
         self.weight = weight
-        self.bias = nn.Parameter(torch.zeros(vocab_size, device=device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.zeros_like(weight[:, 0])) if bias else None
+        if isinstance(feedback, str):
+            feedback = make_feedback(feedback, hidden_size, vocab_size, seed=seed).to(weight.device)
+        self.feedback = feedback
         _checks.feedback_fits(feedback, weight, weight)
         self.reduction: Reduction = reduction
         self.ignore_index = ignore_index
@@ -95,7 +98,7 @@ class ExitHead(nn.Module):
         num_items: int | Tensor | None = None,
     ) -> Tensor:
         """Loss of hidden [..., D] against targets [...]; see `exit_cross_entropy`."""
-        loss = exit_cross_entropy(
+        return exit_cross_entropy(
             hidden,
             self.weight,
             targets,
@@ -112,8 +115,6 @@ class ExitHead(nn.Module):
             preset=self.preset,
             exit_index=self.exit_index,
         )
-        assert isinstance(loss, Tensor)
-        return loss
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden [..., D], soft-capped, with ordinary gradients: for inference and evaluation."""
@@ -180,7 +181,7 @@ class DenseRandomCompressor(nn.Module):
         with torch.autocast(grad_logits.device.type, enabled=False):
             error = _plain_error(grad_logits)
             code = error.matmul(self.codebook.to(error.values.dtype))
-        return code.reshape(*grad_logits.shape[:-1], -1).to(grad_logits.dtype)
+        return code.reshape(*grad_logits.shape[:-1], self.rank).to(grad_logits.dtype)
 
 
 class HybridTopKTailSketchCompressor(nn.Module):
@@ -235,7 +236,7 @@ class HybridTopKTailSketchCompressor(nn.Module):
                 sketch=sketch[:, : self.rank_tail],
                 topk=self.topk,
             )
-        return code.reshape(*grad_logits.shape[:-1], -1).to(grad_logits.dtype)
+        return code.reshape(*grad_logits.shape[:-1], self.rank).to(grad_logits.dtype)
 
 
 class FactorizedExitHead(nn.Module):
@@ -299,10 +300,10 @@ class FactorizedExitHead(nn.Module):
     def _rule(self) -> tuple[str, list[Tensor]]:
         options: dict[str, Any] = {"gain": 1.0}
         if isinstance(self.compressor, DenseRandomCompressor):
-            return spec_text("Dense", name="dense", **options), [self.compressor.codebook, self.U]
+            return spec_text(Dense, name="dense", **options), [self.compressor.codebook, self.U]
         codes = self.compressor
         options |= {"topk": codes.topk, "rank_tail": codes.rank_tail}
-        return spec_text("Hybrid", name="hybrid", **options), [codes.exact_codes, codes.bucket, codes.sign, self.U]
+        return spec_text(Hybrid, name="hybrid", **options), [codes.exact_codes, codes.bucket, codes.sign, self.U]
 
     def forward(self, h: Tensor, shared_weight: Tensor, targets: Tensor) -> Tensor:
         """Logits [..., V] for h [..., D], shared_weight [V, D] and targets [...]."""
@@ -368,7 +369,7 @@ class ExactParallelExitHead(nn.Module):
         _checks.reverse_mode(h=h, shared_weight=shared_weight)
         residual = {"parallel_only": None, "parallel_gold": "gold", "parallel_topmass": "topmass"}[self.mode]
         rule = spec_text(
-            "ExactParallel",
+            ExactParallel,
             name=self.mode,
             residual=residual,
             residual_gain=self.residual_lambda,

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from localexit import _checks
 from localexit.feedback.draws import fresh_seed
-from localexit.feedback.groups import GROUP, draw, largest
-
-DRAW_GROUP = GROUP
+from localexit.feedback.groups import draw, largest
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,7 +24,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def spec_text(rule: str, **options: str | float | bool | None) -> str:
+# Every rule's class by its full name: what `registry.from_spec` builds from, rules defined elsewhere included.
+RULE_CLASSES: dict[str, type[Feedback]] = {}
+
+
+def spec_text(rule: type[Feedback], **options: str | float | bool | None) -> str:
     """A rule's class and options as text, read by `registry.from_spec`.
 
     A Python literal and not JSON, whose encoder torch.compile cannot trace; floats in hexadecimal, which is exact, and
@@ -34,7 +36,7 @@ def spec_text(rule: str, **options: str | float | bool | None) -> str:
     """
     floats = {key: value.hex() for key, value in options.items() if isinstance(value, float)}
     others = {key: value for key, value in options.items() if key not in floats}
-    return repr((rule, others, floats))
+    return repr((rule.full_name(), others, floats))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +190,15 @@ class Feedback(nn.Module):
     num_pairs: int = 0
     step: Tensor
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        RULE_CLASSES[cls.full_name()] = cls
+
+    @classmethod
+    def full_name(cls) -> str:
+        """Module and name of the rule's class."""
+        return f"{cls.__module__}.{cls.__qualname__}"
+
     def __init__(self, *, hidden_size: int, vocab_size: int, seed: int | None) -> None:
         super().__init__()
         self.hidden_size = _checks.count("hidden_size", hidden_size, minimum=1)
@@ -230,7 +241,7 @@ class Feedback(nn.Module):
 
     def spec(self) -> str:
         """The rule without its tensors, as text: what a custom operator can carry."""
-        return spec_text(type(self).__name__, name=self.name, **{name: getattr(self, name) for name in self.options})
+        return spec_text(type(self), name=self.name, **{name: getattr(self, name) for name in self.options})
 
     def extra_repr(self) -> str:
         shown = {"hidden_size": self.hidden_size, "vocab_size": self.vocab_size}

@@ -75,7 +75,7 @@ def token_uniforms(seed: int, step: Tensor, exit_index: int, rows: Tensor, num: 
     return _to_unit(_mix(keys[:, None] ^ lanes[None, :]))
 
 
-def choose_rows(seed: int, step: Tensor, exit_index: int, is_counted: Tensor, num: int) -> Tensor:
+def choose_rows(seed: int, step: Tensor, exit_index: int, is_counted: Tensor, num: int, first_row: int = 0) -> Tensor:
     """A uniformly random choice of tokens, without replacement, among those that count.
 
     Args:
@@ -84,13 +84,14 @@ def choose_rows(seed: int, step: Tensor, exit_index: int, is_counted: Tensor, nu
         exit_index: which exit of the model.
         is_counted: bool [N], False on ignored tokens.
         num: how many are wanted.
+        first_row: global number of the first of these tokens.
 
     Returns:
         int64 [min(num, N)], ascending. Tokens that do not count appear only when fewer than `num` do: whoever uses
         the rows leaves those out, so that nothing has to be copied to the host to find out how many there are.
     """
     rows = torch.arange(is_counted.shape[0], device=is_counted.device, dtype=torch.int64)
-    keys = _row_keys(seed, _ROW_STREAM, step, exit_index, rows)
+    keys = _row_keys(seed, _ROW_STREAM, step, exit_index, rows + first_row)
     # Unique ranks: the hash orders rows, the row number breaks ties.
     ranks = torch.where(is_counted, keys, _MASK + 1) * (is_counted.shape[0] + 1) + rows
     chosen = torch.topk(ranks, min(num, is_counted.shape[0]), largest=False).indices

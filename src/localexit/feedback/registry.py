@@ -12,7 +12,7 @@ from torch import Tensor
 
 from localexit import _checks
 from localexit.feedback.anchors import LogitAnchors
-from localexit.feedback.base import Feedback
+from localexit.feedback.base import RULE_CLASSES, Feedback
 from localexit.feedback.factorized import Dense, Hybrid, Sketch
 from localexit.feedback.parallel import ExactParallel
 from localexit.feedback.rows import WeightMirror, WeightTransport
@@ -92,8 +92,6 @@ RULES: dict[str, Rule] = {
     ),
 }
 
-_CLASSES: dict[str, type[Feedback]] = {entry.rule.__name__: entry.rule for entry in RULES.values()}
-
 
 def feedback_names() -> tuple[str, ...]:
     """The names `make_feedback` knows, in the order of the documentation."""
@@ -136,4 +134,4 @@ def make_feedback(name: str, hidden_size: int, vocab_size: int, *, seed: int | N
 def from_spec(spec: str, state: Sequence[Tensor]) -> Feedback:
     """The rule that `Feedback.spec()` and `Feedback.state()` describe, around the same tensors."""
     rule, options, floats = ast.literal_eval(spec)
-    return _CLASSES[rule]._bare(options | {key: float.fromhex(text) for key, text in floats.items()}, state)
+    return RULE_CLASSES[rule]._bare(options | {key: float.fromhex(text) for key, text in floats.items()}, state)

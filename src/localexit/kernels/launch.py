@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from localexit.exits.loss import LossOptions
-from localexit.feedback.base import DRAW_GROUP
+from localexit.feedback.groups import GROUP
 from localexit.kernels.rows import error_kernel, repair_kernel, tile_error_kernel
 from localexit.kernels.select import select_kernel, weighted_rows_kernel
 
@@ -48,7 +48,7 @@ def error_pass(
 ) -> ErrorPass:
     """Turn logits [n, V] (without bias) into values in place."""
     num_rows, vocab_size = logits.shape
-    num_groups = triton.cdiv(vocab_size, DRAW_GROUP)
+    num_groups = triton.cdiv(vocab_size, GROUP)
 
     def rows(is_needed: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
         return logits.new_empty(num_rows if is_needed else 0, dtype=dtype)
@@ -71,7 +71,7 @@ def error_pass(
         "SMOOTHING": options.label_smoothing > 0,
         "NEED_STATS": need_stats,
         "NEED_GROUPS": need_groups,
-        "GROUP": DRAW_GROUP,
+        "GROUP": GROUP,
     }
     softcap = options.softcap or 1.0
     error_kernel[(triton.cdiv(num_rows, _ERROR_ROWS),)](
@@ -104,16 +104,16 @@ def select(
         values, values.stride(0), target, uniforms, group_max, group_sum, num_groups, vocab_size, top, drawn, weights,
         TOP=topk, TOP_BLOCK=triton.next_power_of_2(max(topk, 1)),
         DRAWS=num_draws, DRAWS_BLOCK=triton.next_power_of_2(max(num_draws, 1)),
-        GROUP=DRAW_GROUP, GROUPS=triton.next_power_of_2(num_groups), num_warps=4,
+        GROUP=GROUP, GROUPS=triton.next_power_of_2(num_groups), num_warps=4,
     )  # fmt: skip
     return top, drawn, weights
 
 
-def weighted_rows(ids: Tensor, weights: Tensor, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Σ_k weights[i, k] rows[ids[i, k]]: [n, D]."""
+def weighted_rows(ids: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """Σ_k weights[i, k] rows[ids[i, k]]: fp32 [n, D]."""
     num_rows, num_picks = ids.shape
     width = rows.shape[1]
-    out = weights.new_empty(num_rows, width, dtype=dtype)
+    out = weights.new_empty(num_rows, width)
     block = min(1024, triton.next_power_of_2(width))
     weighted_rows_kernel[(num_rows, triton.cdiv(width, block))](
         ids, weights, rows, rows.stride(0), out, width, PICKS=num_picks, BLOCK=block, num_warps=4

@@ -99,13 +99,14 @@ def error_kernel(
     # y_gold - (1-ε) s/a - ε s/(aV) with y_gold = s - others: no difference of rounded terms for confident targets.
     gold_value = (s * (a - 1 + smoothing) / a - others - uniform) * slope_gold
     # NaN compares false, and stays NaN.
-    rare = others > _EXP_OVERFLOW
+    # No capped logit is further above gold than `triton_refusal` allows: only their sum may be, which fp32 holds.
+    rare = others < 0 if SOFTCAP else others > _EXP_OVERFLOW
     if SMOOTHING:
         tl.debug_barrier()
         for start in range(0, vocab_size, GROUP):
             cols = start + tl.arange(0, GROUP)
             # What overflowed keeps its marks for the repair.
-            inside = (row_inside & (others <= _EXP_OVERFLOW))[:, None] & (cols < vocab_size)[None, :]
+            inside = (row_inside & (rare == 0))[:, None] & (cols < vocab_size)[None, :]
             pointers = base[:, None] + cols[None, :]
             value = tl.load(pointers, mask=inside, other=0.0).to(tl.float32) - uniform[:, None]
             tl.store(pointers, value.to(logits.dtype.element_ty), mask=inside)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,10 @@ class TrainingInputs:
         )
 
 
+# So many training forwards without update() are a forgotten call, not gradient accumulation.
+_FORWARDS_WITHOUT_UPDATE = 512
+
+
 class LocalModel(nn.Module):
     """A model whose units each learn from their own exit's loss; made by `localexit.attach`.
 
@@ -87,6 +92,7 @@ class LocalModel(nn.Module):
         units: what learns together, first to last; unit i ends in exit i.
         exits: the exits, first to last.
         backward_mode: "deferred" or "stream".
+        rows_since_update: tokens of the optimiser step so far; part of what a forward's draws depend on.
     """
 
     def __init__(
@@ -118,6 +124,11 @@ class LocalModel(nn.Module):
         self._replaced_forward = model.__dict__.get("forward")
         self._original_forward = model.forward
         self._takes_cache = accepts(model, "use_cache")
+        self._num_forwards = 0
+        # Tokens since the last update(): draws belong to (seed, step, exit, row), and the next forward's rows follow.
+        self.rows_since_update = 0
+        # What DDP must not overwrite with rank 0's at every forward: each rank's rule keeps its own.
+        self._ddp_params_and_buffers_to_ignore = [f"feedback.{name}" for name, _ in self.feedback.named_buffers()]
         # A partial can carry the signature of what it replaces (Trainer reads it), a bound method cannot.
         self._new_forward = functools.wraps(model.forward)(functools.partial(self._model_forward))
         model.__dict__["forward"] = self._new_forward
@@ -185,6 +196,12 @@ class LocalModel(nn.Module):
                 "labels given outside of training (eval mode, or gradients are disabled), but the model's "
                 "own forward takes none; use evaluate(input_ids, labels) for the loss of every exit"
             )
+        if not (labels is not None and is_training) and given.keys() - {"labels"}:
+            names = " and ".join(sorted(given.keys() - {"labels"}))
+            raise ValueError(
+                f"{names} given, but this is no training forward: that takes labels, training mode and gradients; "
+                f"leave {names} out, or call train() and pass labels"
+            )
         return self.model(*_positional(input_ids), **given, **inputs)
 
     def evaluate(self, input_ids: Tensor | None, labels: Tensor, **inputs: Any) -> ExitEvaluation:
@@ -236,7 +253,11 @@ class LocalModel(nn.Module):
         return step.logits
 
     def update(self) -> None:
-        """Call once per optimiser step, after its forwards: the feedback's own learning and its draws' counter."""
+        """Call once per optimiser step, after its forwards: the feedback's own learning and its draws' counter.
+
+        Of several micro-batches of a step the mirror learns from the last one's pairs.
+        """
+        self._num_forwards = self.rows_since_update = 0
         self.feedback.update()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -285,6 +306,7 @@ class LocalModel(nn.Module):
     def _training_step(self, inputs: TrainingInputs) -> TrainingStep:
         target = shifted(inputs.labels)
         num_items = num_targets(target) if inputs.num_items is None else inputs.num_items
+        first_row = self._count_rows(target)
         last_exit = self.num_exits - 1
         if self.backward_mode == "stream":
             return StreamStep(
@@ -293,11 +315,30 @@ class LocalModel(nn.Module):
                 target=target,
                 num_items=num_items,
                 weights=self.exit_weights,
+                first_row=first_row,
                 loss_scale=1.0 if inputs.loss_scale is None else inputs.loss_scale,
             )
         return DeferredStep(
-            settings=self._settings, last_exit=last_exit, target=target, num_items=num_items, weights=self.exit_weights
+            settings=self._settings,
+            last_exit=last_exit,
+            target=target,
+            num_items=num_items,
+            weights=self.exit_weights,
+            first_row=first_row,
         )
+
+    def _count_rows(self, target: Tensor) -> int:
+        """Number of the first token of this forward among those since the last `update()`."""
+        first_row = self.rows_since_update
+        self.rows_since_update += target.numel()
+        self._num_forwards += 1
+        if self._num_forwards == _FORWARDS_WITHOUT_UPDATE:
+            warnings.warn(
+                f"{_FORWARDS_WITHOUT_UPDATE} training forwards without update(); call it once after every optimiser "
+                f"step: feedback {self.feedback.name!r} learns and changes its draws only there",
+                stacklevel=2,
+            )
+        return first_row
 
     def _refuse_unsupported(self, inputs: TrainingInputs) -> None:
         if inputs.loss_scale is not None and self.backward_mode != "stream":

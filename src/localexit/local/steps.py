@@ -82,11 +82,13 @@ class TrainingStep(Step):
         target: int64 [B, T], labels shifted by one, -100 where nothing is to be predicted.
         num_items: normaliser of the loss, the number of tokens that count.
         weights: per exit, what its loss counts in the sum.
+        first_row: number of the first token among those of the optimiser step.
     """
 
     target: Tensor
     num_items: Tensor | int
     weights: Sequence[float]
+    first_row: int
     losses: list[Tensor] = field(default_factory=list)
     is_training: bool = True
 
@@ -123,8 +125,8 @@ class DeferredStep(TrainingStep):
             z_loss=settings.z_loss,
             softcap=settings.readout.softcap,
             exit_index=exit_.index,
+            first_row=self.first_row,
         )
-        assert isinstance(loss, Tensor), "no statistics were asked for"
         self.losses.append(loss)
 
     def output(self) -> LocalOutput:
@@ -169,6 +171,7 @@ class StreamStep(TrainingStep):
             grad_weight=self.weight_grad.total,
             grad_bias=self.bias_grad.total,
             exit_index=exit_.index,
+            first_row=self.first_row,
             need_feedback=normed.requires_grad,
         )
         self.losses.append(result.loss / factor)
@@ -246,9 +249,8 @@ class EvaluationStep(Step):
             exit_index=exit_.index,
             return_stats=True,
         )
-        num_correct = (stats.is_correct & (self.target != IGNORE_INDEX)).sum()
         self.losses.append(loss)
-        self.accuracies.append(num_correct / num_targets(self.target))
+        self.accuracies.append(stats.is_correct.sum() / num_targets(self.target))
 
     def output(self) -> ExitEvaluation:
         """The result, after the last exit."""

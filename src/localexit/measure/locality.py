@@ -128,9 +128,12 @@ def audit_locality(
 def _observe(local: LocalModel, seed: int, **inputs: Any) -> _Observed:
     for parameter in local.parameters():
         parameter.grad = None
+    rows = local.rows_since_update
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         output = local(**inputs)
+    # The next observation is of the same tokens of the same step, with the same draws.
+    local.rows_since_update = rows
     if local.backward_mode == "deferred":
         output.loss.backward()
     gradients = tuple(tuple(_copy(p.grad) for p in unit.parameters()) for unit in local.units)
