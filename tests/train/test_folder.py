@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import errno
+import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from localexit.train.folder import RunFolder
+from localexit.train.models import attach_exits, build_model
 from train.small_runs import small_config, train_quietly
 
 CHAT_TEMPLATE = "{% for message in messages %}<s>{{ message.content }}</s>{% endfor %}"
@@ -59,3 +66,63 @@ def test_a_pretrained_model_keeps_its_tokenizer(pretrained: Path, text: Path, ca
     assert after(sentence)["input_ids"] == before(sentence)["input_ids"]
     again = small_config(text, model=str(run.model), vocab_size=None, steps=3)
     assert train_quietly(again, tmp_path / "again", cache_dir).status == "finished"
+
+
+def write_folder(run: RunFolder, text: Path, *, name: str) -> None:
+    config = small_config(text)
+    local = attach_exits(build_model(config, vocab_size=300, end_of_text_id=0), config, device=torch.device("cpu"))
+    run.write(config, {"format": 1, "name": name}, local, torch.device("cpu"))
+
+
+def test_two_runs_cannot_claim_one_folder(text: Path, tmp_path: Path) -> None:
+    run = RunFolder(path=tmp_path / "run")
+    for _ in range(2):
+        run.check_new()
+    write_folder(run, text, name="first")
+    with pytest.raises(ValueError, match="run: expected a new folder, got .*run', which exists; add --resume"):
+        write_folder(run, text, name="second")
+    assert json.loads(run.corpus.read_text())["name"] == "first"
+    assert run.read_config() == small_config(text)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs flock")
+def test_a_run_is_locked_until_its_process_ends(tmp_path: Path) -> None:
+    run = RunFolder(path=tmp_path)
+    run.config.write_text("{}")
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with run.locked():
+            os.write(writing, b"!")
+            signal.pause()
+        os._exit(1)
+    assert os.read(reading, 1) == b"!"
+    with pytest.raises(ValueError, match=f"^run: .*{tmp_path.name}', in which another process is; wait"), run.locked():
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    for descriptor in (reading, writing):
+        os.close(descriptor)
+    for _ in range(2):
+        with run.locked():
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_file_system_without_locks_can_be_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    run = RunFolder(path=tmp_path)
+    run.config.write_text("{}")
+
+    def refuse(number: int) -> None:
+        def flock(descriptor: int, operation: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    refuse(errno.ENOSYS)
+    with run.locked():
+        pass
+    refuse(errno.EIO)
+    with pytest.raises(OSError, match="Input/output"), run.locked():
+        pass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +35,8 @@ from localexit.train.tokenizer import as_pretrained, copy_pretrained
 
 FORMAT = 1
 _REMEDY = "pass a folder that `localexit train` wrote"
+# Some network file systems are mounted without locks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _PACKAGES = ("localexit", "torch", "transformers", "tokenizers", "safetensors")
 
 
@@ -84,14 +89,21 @@ class RunFolder:
         if self.path.is_dir() and not any(self.path.iterdir()):
             return
         if self.path.exists() or self.path.is_symlink():
-            raise ValueError(
-                f"run: expected a new folder, got {str(self.path)!r}, which exists; add --resume to continue it, or "
-                f"pass another folder"
-            )
+            raise self._exists_error()
 
     def write(self, config: TrainConfig, corpus: Mapping[str, Any], local: LocalModel, device: torch.device) -> None:
-        """Make the folder with `config.json` and `corpus.json`."""
+        """Make the folder with `config.json` and `corpus.json`.
+
+        Raises:
+            ValueError: another process has made it since `check_new`.
+            OSError: it cannot be written.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            # Whoever makes this file has the folder; that no second process gets it does not depend on locks.
+            self.corpus.touch(exist_ok=False)
+        except FileExistsError:
+            raise self._exists_error() from None
         _write_json(self.corpus, corpus)
         # Last: the folder is a run from here on.
         _write_json(
@@ -104,6 +116,26 @@ class RunFolder:
                 "device": device_name(device),
             },
         )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this run, until the block or this process ends.
+
+        The lock is on `config.json`, which is written once. Where the system or its file system has no `flock`,
+        nothing is locked.
+
+        Raises:
+            ValueError: another process is training in it.
+            OSError: `config.json` cannot be opened.
+        """
+        # Open for writing: NFS locks no other files.
+        with self.config.open("r+b") as file:
+            if not _lock(file.fileno()):
+                raise ValueError(
+                    f"run: expected a run that nobody is training, got {str(self.path)!r}, in which another process "
+                    f"is; wait until it ends, or pass another folder"
+                )
+            yield
 
     def read_config(self) -> TrainConfig:
         """The configuration the run was started with.
@@ -142,6 +174,12 @@ class RunFolder:
                     f"data: expected the text of the run ({name} {before.get(name)}), got {corpus['name']!r} with "
                     f"{name} {corpus[name]}; restore the text, or start a new run"
                 )
+
+    def _exists_error(self) -> ValueError:
+        return ValueError(
+            f"run: expected a new folder, got {str(self.path)!r}, which exists; add --resume to continue it, or "
+            f"pass another folder"
+        )
 
     def _read_json(self, path: Path) -> dict[str, Any]:
         try:
@@ -231,6 +269,22 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file until it is closed; False when another process has."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
 
 
 def _exit_tensors(local: LocalModel) -> dict[str, torch.Tensor]:
