@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from localexit.train.folder import RunFolder
+from localexit.local import LocalModel
+from localexit.train.folder import RunFolder, export_model
 from localexit.train.models import attach_exits, build_model
 from train.small_runs import small_config, train_quietly
 
@@ -68,10 +70,11 @@ def test_a_pretrained_model_keeps_its_tokenizer(pretrained: Path, text: Path, ca
     assert train_quietly(again, tmp_path / "again", cache_dir).status == "finished"
 
 
-def write_folder(run: RunFolder, text: Path, *, name: str) -> None:
+def write_folder(run: RunFolder, text: Path, *, name: str) -> LocalModel:
     config = small_config(text)
     local = attach_exits(build_model(config, vocab_size=300, end_of_text_id=0), config, device=torch.device("cpu"))
     run.write(config, {"format": 1, "name": name}, local, torch.device("cpu"))
+    return local
 
 
 def test_two_runs_cannot_claim_one_folder(text: Path, tmp_path: Path) -> None:
@@ -126,3 +129,57 @@ def test_a_file_system_without_locks_can_be_trained_on(tmp_path: Path, monkeypat
     refuse(errno.EIO)
     with pytest.raises(OSError, match="Input/output"), run.locked():
         pass
+
+
+class KilledError(BaseException):
+    """Stands for a kill."""
+
+
+def test_a_kill_during_an_export_leaves_a_whole_model(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(path=tmp_path / "run")
+    local = write_folder(run, text, name="run")
+    tokenizer = Tokenizer(models.BPE())
+    export_model(run, local, tokenizer)
+    whole = {path.name for path in run.model.iterdir()}
+    deaths = 0
+    for moment in range(20):
+        with monkeypatch.context() as patch:
+            _die_before(patch, moment)
+            try:
+                export_model(run, local, tokenizer)
+            except KilledError:
+                deaths += 1
+            else:
+                break
+        left = [path for path in run.path.iterdir() if path.name.lstrip(".").startswith("model")]
+        assert any({file.name for file in path.iterdir()} == whole for path in left)
+    assert deaths >= 4
+    assert {file.name for file in run.model.iterdir()} == whole
+    assert {path.name for path in run.path.iterdir()} == {"config.json", "corpus.json", "model"}
+
+
+def _die_before(patch: pytest.MonkeyPatch, moment: int) -> None:
+    """Die before the `moment`-th rename or deletion; a deletion has begun by then."""
+    rename, rmtree, calls = Path.rename, shutil.rmtree, 0
+
+    def is_time() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > moment
+
+    def dying_rename(path: Path, target: Path) -> Path:
+        if is_time():
+            raise KilledError
+        return rename(path, target)
+
+    def dying_rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if is_time():
+            for file in list(path.glob("*"))[:1]:
+                file.unlink()
+            raise KilledError
+        rmtree(path, ignore_errors=ignore_errors)
+
+    patch.setattr(Path, "rename", dying_rename)
+    patch.setattr("localexit.train.folder.shutil.rmtree", dying_rmtree)

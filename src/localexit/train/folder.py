@@ -214,8 +214,11 @@ def export_model(run: RunFolder, local: LocalModel, tokenizer: Tokenizer) -> Non
         tokenizer: what a preset learned from the text; any other model passes its own on, special tokens and chat
             template included.
     """
-    temporary = run.path / ".model"
+    temporary, old = run.path / ".model", run.path / ".model-old"
     shutil.rmtree(temporary, ignore_errors=True)
+    if old.exists() and not run.model.exists():
+        # What a kill between the two renames below left.
+        old.rename(run.model)
     save: Any = local.model
     with without_progress_bars():
         save.save_pretrained(temporary)
@@ -225,9 +228,11 @@ def export_model(run: RunFolder, local: LocalModel, tokenizer: Tokenizer) -> Non
     else:
         copy_pretrained(source, temporary)
     save_file(_exit_tensors(local), temporary / "exits.safetensors")
+    shutil.rmtree(old, ignore_errors=True)
     if run.model.exists():
-        shutil.rmtree(run.model)
+        run.model.rename(old)
     temporary.rename(run.model)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_run(path: Path, *, device: torch.device) -> tuple[LocalModel, Tokenizer]:
