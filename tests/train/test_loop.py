@@ -179,7 +179,7 @@ def train_in_new_process(
     return ended.returncode
 
 
-@pytest.mark.filterwarnings("ignore:feedback 'parallel:UserWarning")
+@pytest.mark.filterwarnings("ignore:feedback 'parallel:UserWarning", "ignore:the nucleus of some tokens:UserWarning")
 @pytest.mark.parametrize(
     "rules", [("mirror_sampled", "dense"), pytest.param(feedback_names(), marks=pytest.mark.slow, id="every rule")]
 )
