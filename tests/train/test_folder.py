@@ -99,13 +99,16 @@ def test_a_run_is_locked_until_its_process_ends(tmp_path: Path) -> None:
             os.write(writing, b"!")
             signal.pause()
         os._exit(1)
-    assert os.read(reading, 1) == b"!"
-    with pytest.raises(ValueError, match=f"^run: .*{tmp_path.name}', in which another process is; wait"), run.locked():
-        pass
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    for descriptor in (reading, writing):
-        os.close(descriptor)
+    message = f"^run: .*{tmp_path.name}', in which another process is; wait"
+    try:
+        assert os.read(reading, 1) == b"!"
+        with pytest.raises(ValueError, match=message), run.locked():
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for descriptor in (reading, writing):
+            os.close(descriptor)
     for _ in range(2):
         with run.locked():
             pass
