@@ -101,7 +101,7 @@ def train(
     if not resume:
         _write_folder(folder, trainer, data)
     try:
-        with _started(folder, config, data, trainer, console, resume=resume) as run:
+        with folder.locked(), _started(folder, config, data, trainer, console, resume=resume) as run:
             return _train(run)
     except OSError as error:
         raise RunFailedError(f"run {run_dir}: {error}; the last checkpoint is whole, continue with --resume") from error
