@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -24,7 +25,14 @@ def make_stream(folder: Path, num_tokens: int) -> TokenStream:
     """Ids that count up, so that a window tells its place: window i starts with 4·i."""
     path = folder / "stream.bin"
     np.arange(num_tokens, dtype="<u2").tofile(path)
-    header = {"format": 1, "split": "train", "dtype": "uint16", "num_tokens": num_tokens, "num_bytes": 99, "sha256": ""}
+    header = {
+        "format": 1,
+        "split": "train",
+        "dtype": "uint16",
+        "num_tokens": num_tokens,
+        "num_bytes": 99,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
     path.with_suffix(".json").write_text(json.dumps(header))
     return TokenStream(path)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +79,7 @@ class Trainer:
         """Forward and backward over the micro-batches, clip unit by unit, one optimiser step.
 
         Raises:
-            NonFiniteError: a loss or gradient norm is NaN or infinite; nothing was changed.
+            NonFiniteError: a loss or gradient norm is NaN or infinite; parameters and optimiser are as they were.
         """
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
@@ -87,7 +87,7 @@ class Trainer:
         losses = self._gradients(batches)
         grad_norms = self.local.clip_grad_norm_(self.config.clip)
         measured = torch.cat([losses.double(), grad_norms.double()]).tolist()
-        self._check_finite(torch.tensor(measured))
+        self._check_finite(torch.tensor(measured), batches)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -150,14 +150,21 @@ class Trainer:
             losses += output.exit_losses
         return losses
 
-    def _check_finite(self, measured: Tensor) -> None:
+    def _check_finite(self, measured: Tensor, batches: Sequence[Tensor]) -> None:
         if bool(torch.isfinite(measured).all()):
             return
         losses, norms = measured[: self.local.num_exits], measured[self.local.num_exits :]
         raise NonFiniteError(
             f"step {self.step + 1}: expected finite losses and gradients, got losses {_short(losses)} and gradient "
-            f"norms {_short(norms)}; the step was not made. Try a lower lr, a longer warm-up or fp32"
+            f"norms {_short(norms)}; the step was not made. {self._remedy(batches)}"
         )
+
+    def _remedy(self, batches: Sequence[Tensor]) -> str:
+        # On a GPU a target outside the vocabulary makes the loss NaN, where looking at every step would wait for it.
+        vocab_size = self.local.unembedding.weight.shape[0]
+        if any(bool(((ids < 0) | (ids >= vocab_size)).any()) for ids in batches):
+            return f"The batch has token ids outside 0..{vocab_size - 1}: check the tokenizer against the model"
+        return "Try a lower lr, a longer warm-up or fp32"
 
     def _restore(self, snapshot: Snapshot) -> None:
         state = snapshot.state
