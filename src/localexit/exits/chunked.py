@@ -184,7 +184,7 @@ PLAIN = Stages(
     buffer_dtype=_sum_dtype,
     value_dtype=_plain_value_dtype,
     # On the CPU about where the two large products are at full speed; see docs/performance.md.
-    chunk_bytes={"cpu": 32 * 2**20, "cuda": 512 * 2**20},
+    chunk_bytes={"cpu": 64 * 2**20, "cuda": 512 * 2**20},
 )
 
 
@@ -218,7 +218,10 @@ def chunk_rows(num_rows: int, vocab_size: int, itemsize: int, chunk_bytes: int) 
 
 def _default_chunk_bytes(call: ExitCall, stages: Stages) -> int:
     budget = stages.chunk_bytes.get(call.hidden.device.type, stages.chunk_bytes["cpu"])
-    return budget if call.preset == "fast" else min(budget, _MEMORY_PRESET_CHUNK_BYTES)
+    if call.preset == "memory":
+        budget = min(budget, _MEMORY_PRESET_CHUNK_BYTES)
+    # A rule that reads the raw logits needs a second buffer, for a copy of them.
+    return budget // 2 if call.need_hidden and call.rule.needs_logits else budget
 
 
 def _chunks(call: ExitCall, stages: Stages) -> Sequence[slice]:
@@ -266,6 +269,7 @@ class _Loop:
         rows = call.hidden.new_zeros(num_rows, dtype=self.sum_dtype)
         self.loss, self.lse, self.log_prob = rows, rows.clone(), rows.clone()
         self.buffer = call.hidden.new_empty(self._most_rows(), vocab_size, dtype=stages.buffer_dtype(call))
+        self.scratch: Tensor | None = None
         self.entropy = rows.clone() if call.need_stats else rows.new_empty(0)
         self.argmax = self.target.clone() if call.need_stats else self.target.new_empty(0)
 
@@ -321,7 +325,9 @@ class _Loop:
             need_logits=call.need_hidden and call.rule.needs_logits,
             need_groups=call.need_hidden and call.rule.selects,
             need_stats=call.need_stats,
+            scratch=self.scratch,
         )
+        self.scratch = result.raw
         self._keep_rows(rows, result)
         if call.need_error:
             values = logits.to(self.value_dtype)

@@ -181,7 +181,7 @@ def exit_cross_entropy(
         preset: "fast" needs two products of the size of the logits' (and a third for rules that multiply with all V
             rows); "memory" makes dW in a second pass over tiles of the vocabulary, in the backward: one product more,
             and next to the gradients themselves no memory that grows with V·D.
-        chunk_bytes: size of the buffer for a chunk of logits; by default 32 MiB on the CPU and on a GPU 512 MiB, or
+        chunk_bytes: size of the buffer for a chunk of logits; by default 64 MiB on the CPU and on a GPU 512 MiB, or
             4 GiB with the Triton kernels, for which one chunk is best; at most 128 MiB in the memory preset.
 
     Returns:

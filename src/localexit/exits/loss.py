@@ -61,6 +61,7 @@ def loss_and_error(
     need_logits: bool = False,
     need_groups: bool = False,
     need_stats: bool = False,
+    scratch: Tensor | None = None,
 ) -> RowResult:
     """Turn raw logits [n, V] into the error for row weight one, in place, and return what the rows yield.
 
@@ -73,11 +74,13 @@ def loss_and_error(
         need_logits: keep the raw logits and their product with the error.
         need_groups: a backend may keep maxima and sums of groups for selections; this one does not.
         need_stats: also arg-max and entropy.
+        scratch: at least [n, V], to keep raw logits in: `RowResult.raw` of an earlier chunk. A fresh one of this size
+            costs a CPU more than all the rest of this function.
     """
     del need_groups
     gold = target[:, None]
     keeps_raw = need_error and (need_logits or options.softcap is not None)
-    raw = logits.clone() if keeps_raw else None
+    raw = _copy(logits, scratch) if keeps_raw else None
     _apply_softcap(logits, options.softcap)
     largest, gold_logit = logits.amax(1), logits.gather(1, gold)[:, 0]
     mean = logits.mean(1) if options.label_smoothing else None
@@ -95,6 +98,10 @@ def loss_and_error(
     return RowResult(
         loss=loss, lse=lse, log_prob=log_prob, argmax=argmax, entropy=entropy, raw=raw, logit_product=product
     )
+
+
+def _copy(logits: Tensor, scratch: Tensor | None) -> Tensor:
+    return logits.clone() if scratch is None else scratch[: len(logits)].copy_(logits)
 
 
 def _apply_softcap(logits: Tensor, softcap: float | None) -> None:

@@ -59,9 +59,10 @@ def fused_loss_and_error(
     need_logits: bool = False,
     need_groups: bool = False,
     need_stats: bool = False,
+    scratch: Tensor | None = None,
 ) -> GroupedRowResult:
     """As `exits.loss.loss_and_error`, from logits without the bias, leaving `values` with the returned scale."""
-    del need_error
+    del need_error, scratch
     assert not need_logits, "`supported` refuses rules that read the logits"
     result = error_pass(logits, target, options, bias=bias, need_stats=need_stats, need_groups=need_groups)
     return GroupedRowResult(
