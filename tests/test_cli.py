@@ -9,11 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from localexit import cli
+from localexit import LocalModel, cli
 from localexit.feedback import feedback_names
+from localexit.measure import AuditReport
 from train.small_runs import write_corpus
 
 SMALL = [
@@ -133,6 +137,9 @@ def test_report_writes_a_page_for_several_runs(
         (["train", "--feedback", "backprop"], ["--feedback", "backprop", "mirror_sampled"]),
         (["train", "--feedback", "dense:rang=3"], ["--feedback", "rang", "rank"]),
         (["train", "--exits", "some"], ["exits", "some", "every"]),
+        (["train", "--exits", "everything"], ["exits", "everything", "every:K"]),
+        (["train", "--exits", "every:0"], ["exits", "every:0", "every:K"]),
+        (["train", "--feedback", "dense:rank=3,rank=4"], ["--feedback", "rank", "given twice"]),
         (["train", "--exit-norm", "batch"], ["--exit-norm", "batch", "shared"]),
         (["train", "--model", "enormous"], ["model", "enormous", "demo"]),
         (["train", "--device", "abacus"], ["device", "abacus"]),
@@ -195,6 +202,57 @@ def test_a_folder_that_exists_is_not_touched(text: str, trained: Path, capsys: p
 def test_an_exit_that_is_not_there_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["generate", str(trained), "--prompt", "x", "--exit", "7"]) == 2
     assert "exit must be in -2..1, got 7" in capsys.readouterr().err
+
+
+def test_nothing_is_written_before_an_exit_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["generate", str(trained), "--prompt", "x", "--exit", "-3"], capsys)
+
+
+def test_where_something_was_refused_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--traceback", "report", "nowhere"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert any("in read_run" in line for line in lines)
+    assert lines[-1].startswith("localexit: run: expected a run directory")
+
+
+@pytest.mark.parametrize("package", ["tyro", "jinja2"])
+def test_a_missing_package_is_one_line_that_names_the_extra(package: str, trained: Path) -> None:
+    code = f"""
+import sys
+sys.modules[{package!r}] = None
+sys.argv = ["localexit", "report", {str(trained)!r}]
+from localexit.__main__ import main
+main()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=_environment()
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    line = f"localexit: package {package!r} is not installed: this needs pip install 'localexit[train]'\n"
+    assert ended.stderr == line
+
+
+def test_the_audit_of_a_run_uses_the_state_of_its_rule(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from localexit import measure
+
+    audited: list[LocalModel] = []
+    audit_attached = measure.audit_attached
+
+    def keep(local: LocalModel, **options: Any) -> AuditReport:
+        audited.append(local)
+        return audit_attached(local, **options)
+
+    monkeypatch.setattr(measure, "audit_attached", keep)
+    saved = load_file(trained / "model" / "exits.safetensors")["feedback.rows"]
+    assert saved.any()
+    for options in ([], ["--exits", "every:2"]):
+        assert cli.run(["audit", str(trained), *options]) == 0
+        assert torch.equal(audited[-1].feedback.state_dict()["rows"], saved)
+    assert cli.run(["audit", str(trained), "--feedback", "mirror"]) == 0
+    assert not audited[-1].feedback.state_dict()["rows"].any()
 
 
 def test_control_characters_of_a_message_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,6 +319,19 @@ def test_a_run_that_fails_is_one_line_and_code_1(text: str, tmp_path: Path, caps
     assert printed.count("\n") == 1
     assert "step 2: expected finite validation losses" in printed
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_a_checkpoint_that_reads_back_as_another_ends_the_run(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from localexit.train import checkpoint
+
+    def refuse(path: Path) -> None:
+        raise checkpoint.CheckpointError(f"checkpoint {path.name}: model.safetensors is damaged")
+
+    monkeypatch.setattr(checkpoint, "verify", refuse)
+    assert cli.run(["train", str(tmp_path / "run"), "--data", text, *SMALL]) == 1
+    assert "model.safetensors is damaged" in capsys.readouterr().err
 
 
 def _environment() -> dict[str, str]:

@@ -18,13 +18,14 @@ ROOT = Path(localexit.__file__).parent
 # What a room may import of the package, besides itself.
 ROOMS: dict[str, set[str]] = {
     "_checks": set(),
+    "_text": set(),
     "feedback": {"_checks"},
     "exits": {"_checks", "feedback"},
     "kernels": {"_checks", "feedback", "exits"},
     "local": {"_checks", "feedback", "exits"},
     "measure": {"_checks", "feedback", "exits", "local", "train"},
     "train": {"_checks", "feedback", "exits", "local"},
-    "report": {"_checks", "feedback"},
+    "report": {"_checks", "_text", "feedback"},
 }
 # The choice of a backend is made where exits are called, and only when one is asked for.
 LAZY: dict[str, set[str]] = {"_checks": {"feedback"}, "exits": {"kernels"}}

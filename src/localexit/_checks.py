@@ -15,6 +15,11 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
 
 
+def missing_package(name: str | None) -> str:
+    """What to do about a package that is not installed; the library alone needs none but torch, numpy, safetensors."""
+    return f"package {name!r} is not installed: this needs pip install 'localexit[train]'"
+
+
 def choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """`value` must be one of `allowed`."""
     if value not in allowed:

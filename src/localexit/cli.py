@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from localexit import _checks
+from localexit._text import visible
 from localexit.feedback import feedback_names
 from localexit.train.config import FeedbackSpec, TrainConfig
 
@@ -85,7 +88,6 @@ class Generate:
 
     def execute(self) -> int:
         """Print the prompt and, piece by piece, what follows it."""
-        from localexit.report.text import visible
         from localexit.train.devices import resolve_device
         from localexit.train.folder import load_run
         from localexit.train.generate import Sampling, generate
@@ -147,36 +149,42 @@ class Audit:
 
     def execute(self) -> int:
         """Print the checks; 0 if all passed, else 1."""
-        from localexit.measure import audit_model
-        from localexit.train.config import exit_indices
+        from localexit.measure import audit_attached
 
-        rule = None if self.feedback is None else FeedbackSpec.parse(self.feedback)
-        model, config = self._load()
-        vocab_size, hidden_size = model.get_output_embeddings().weight.shape
-        report = audit_model(
-            model,
-            (rule or config.feedback).build(hidden_size=hidden_size, vocab_size=vocab_size, seed=self.seed),
-            exits=exit_indices(self.exits or config.exits),
-            exit_norm=config.exit_norm,
-            backward=config.backward,
-            seed=self.seed,
-        )
+        report = audit_attached(self._attached(), seed=self.seed)
         sys.stdout.write(f"{report}\n")
         return 0 if report.passed else FAILED
 
-    def _load(self) -> tuple[Any, TrainConfig]:
-        """The model, and the configuration it is trained with."""
-        from localexit.train.folder import RunFolder
+    def _attached(self) -> Any:
+        """The model with its exits: a run's as it ended, but for what the options change."""
+        import torch
+
+        from localexit.train.folder import RunFolder, load_run
+        from localexit.train.models import attach_exits
+
+        device = torch.device("cpu")
+        given: dict[str, Any] = {} if self.feedback is None else {"feedback": FeedbackSpec.parse(self.feedback)}
+        if self.exits is not None:
+            given["exits"] = self.exits
+        run = RunFolder(path=Path(self.model))
+        if not run.metrics.is_file():
+            config = TrainConfig(model=self.model, seed=self.seed, **given)
+            return attach_exits(self._model(config), config, device=device)
+        local, _ = load_run(run.path, device=device)
+        if not given:
+            return local
+        local.remove()
+        changed = attach_exits(local.model, replace(run.read_config(), **given), device=device)
+        if self.feedback is None:
+            changed.feedback.load_state_dict(local.feedback.state_dict())
+        return changed
+
+    def _model(self, config: TrainConfig) -> Any:
         from localexit.train.models import PRESETS, build_model, load_pretrained
 
-        run = RunFolder(path=Path(self.model))
-        if run.metrics.is_file():
-            run.check_has_model()
-            return load_pretrained(str(run.model)), run.read_config()
-        config = TrainConfig(model=self.model, seed=self.seed)
         if self.model in PRESETS:
-            return build_model(config, vocab_size=PRESETS[self.model].vocab_size, end_of_text_id=0), config
-        return load_pretrained(self.model), config
+            return build_model(config, vocab_size=PRESETS[self.model].vocab_size, end_of_text_id=0)
+        return load_pretrained(self.model)
 
 
 Command = (
@@ -186,28 +194,41 @@ Command = (
     | Annotated[Audit, tyro.conf.subcommand("audit")]
 )
 
-DESCRIPTION = "Train language models locally: every block learns from its own exit, no gradient crosses between blocks."
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; exits with 0, 1 (the run failed), 2 (bad input) or 128 + signal."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+TRACEBACK = "--traceback"
+DESCRIPTION = (
+    "Train language models locally: every block learns from its own exit, no gradient crosses between blocks. "
+    f"What is refused is one line; {TRACEBACK} before the command shows where it came from."
+)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command with these arguments and return its exit code; what it refuses is one line on stderr."""
+    """Run the command with these arguments and return its exit code; what it refuses is one line on stderr.
+
+    With `--traceback` before the command, where it was refused is printed above that line.
+    """
+    shows_traceback = list(arguments[:1]) == [TRACEBACK]
     try:
-        return int(_parsed(arguments).execute())
-    except KeyboardInterrupt:
-        return _refused("interrupted", INTERRUPTED)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        return _refused(str(error), BAD_INPUT)
-    except RuntimeError as error:
+        return int(_parsed(arguments[shows_traceback:]).execute())
+    except (KeyboardInterrupt, ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        message, code = _refusal(error)
+        if shows_traceback:
+            traceback.print_exc()
+        return _refused(message, code)
+
+
+def _refusal(error: BaseException) -> tuple[str, int]:
+    """What to say about an error, and the exit code; raises it again when nobody expected it."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
+    if isinstance(error, ModuleNotFoundError):
+        return _checks.missing_package(error.name), BAD_INPUT
+    if isinstance(error, RuntimeError):
         from localexit.train.trainer import RunFailedError
 
         if not isinstance(error, RunFailedError):
-            raise
-        return _refused(str(error), FAILED)
+            raise error
+        return str(error), FAILED
+    return str(error), BAD_INPUT
 
 
 def _parsed(arguments: Sequence[str]) -> Any:
@@ -264,16 +285,12 @@ def _first_part(framed: str) -> str:
 
 
 def _refused(message: str, code: int) -> int:
-    from localexit.report.text import visible
-
     sys.stderr.write(f"localexit: {visible(' '.join(message.split()))}\n")
     return code
 
 
 def _print_sample(console: Any, prompt: str, text: str) -> None:
     from rich.text import Text
-
-    from localexit.report.text import visible
 
     console.print(Text("sample of the last exit, prompt in bold:"))
     console.print(Text(visible(prompt), style="bold") + Text(visible(text)), soft_wrap=True)

@@ -10,8 +10,8 @@ import torch
 
 from helpers.cases import RULES
 from local.decoders import DECODERS, VOCAB, WIDTH, batch, build
-from localexit import make_feedback
-from localexit.measure import audit_model
+from localexit import attach, make_feedback
+from localexit.measure import audit_attached, audit_model
 from localexit.measure.checks import Check, table
 
 
@@ -47,6 +47,18 @@ def test_neither_model_nor_rule_is_changed() -> None:
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
     assert int(rule.step) == 0
     assert not rule.rows.any()
+
+
+def test_an_attached_model_is_audited_as_it_is_and_not_changed() -> None:
+    local = attach(build("plain"), feedback="mirror", exits="every:2")
+    local(*batch())
+    local.update()
+    state = copy.deepcopy(local.state_dict())
+    report = audit_attached(local)
+    assert report.passed
+    assert report.locality.num_units == 2
+    assert all(torch.equal(tensor, state[key]) for key, tensor in local.state_dict().items())
+    assert not any(unit.grad is not None for unit in local.parameters())
 
 
 def test_no_warning_about_norms() -> None:

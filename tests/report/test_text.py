@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from localexit import _text
+from localexit._text import visible
 from localexit.report import curves, text
 
 # every character, lone surrogates included
 ANY_TEXT = st.text(alphabet=st.characters(codec=None, exclude_categories=()))
 
 
-@pytest.mark.parametrize("module", [text, curves])
+@pytest.mark.parametrize("module", [_text, text, curves])
 def test_examples_in_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
@@ -25,7 +27,7 @@ def test_examples_in_docstrings(module):
 
 @given(ANY_TEXT)
 def test_visible_text_can_be_stored_and_hides_nothing(hostile):
-    shown = text.visible(hostile)
+    shown = visible(hostile)
     shown.encode()
     ElementTree.fromstring(f"<a>{shown.translate({60: None, 62: None, 38: None})}</a>")
     hidden = {c for c in shown if unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"}}
@@ -34,7 +36,7 @@ def test_visible_text_can_be_stored_and_hides_nothing(hostile):
 
 @given(st.text(alphabet=st.characters(categories=["L", "N", "P", "S", "Zs", "Mn"])))
 def test_visible_leaves_plain_text_alone(plain):
-    assert text.visible(plain) == plain
+    assert visible(plain) == plain
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_visible_leaves_plain_text_alone(plain):
     ],
 )
 def test_visible(hostile, shown):
-    assert text.visible(hostile) == shown
+    assert visible(hostile) == shown
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1e300, -1e300, 1e-300])

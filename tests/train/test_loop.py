@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from localexit.feedback import feedback_names
+from localexit.train.checkpoint import load_checkpoint
 from localexit.train.config import FeedbackSpec, TrainConfig
 from localexit.train.devices import resolve_device, resolve_precision
 from localexit.train.trainer import NonFiniteError, RunFailedError, StepResult, Trainer
@@ -340,6 +341,70 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint(
     with pytest.raises(RunFailedError, match=r"No space left.*the last checkpoint is whole"):
         train_quietly(small_config(text), tmp_path / "run", cache_dir)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-3"]
+
+
+@pytest.mark.parametrize("module", ["checkpoint", "folder"])
+def test_what_safetensors_cannot_write_ends_the_run(
+    text: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    from safetensors import SafetensorError
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(f"localexit.train.{module}.save_file", full)
+    with pytest.raises(RunFailedError, match="No space left"):
+        train_quietly(small_config(text), tmp_path / "run", cache_dir)
+
+
+def test_a_source_that_is_gone_at_the_end_is_a_failure_of_the_run(
+    text: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train_quietly(small_config(text), tmp_path / "first", cache_dir).run
+    train_step = Trainer.train_step
+
+    def removing(self: Trainer) -> StepResult:
+        shutil.rmtree(first.model, ignore_errors=True)
+        return train_step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", removing)
+    with pytest.raises(RunFailedError, match="model must be a preset"):
+        train_quietly(small_config(text, model=str(first.model), vocab_size=None), tmp_path / "run", cache_dir)
+
+
+def test_a_model_in_the_home_folder(
+    text: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train_quietly(small_config(text), tmp_path / "first", cache_dir).run
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = small_config(text, model="~/first/model", vocab_size=None)
+    assert train_quietly(config, tmp_path / "run", cache_dir).status == "finished"
+    assert (tmp_path / "run" / "model" / "tokenizer.json").read_bytes() == (first.model / "tokenizer.json").read_bytes()
+    with pytest.raises(ValueError, match="model must be a preset"):
+        train_quietly(small_config(text, model="~nobody-here/model"), tmp_path / "other", cache_dir)
+
+
+def test_an_interrupt_saves_although_a_damaged_checkpoint_of_the_step_exists(
+    text: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(text, eval_every=100, checkpoint_every=3)
+    run = train_quietly(config, tmp_path / "run", cache_dir).run.path
+    damaged = run / "checkpoints" / "step-6"
+    (damaged / "state.json").write_text("{}")
+    train_step = Trainer.train_step
+
+    def signalled(self: Trainer) -> StepResult:
+        result = train_step(self)
+        if self.step == 5:
+            # The step that the damaged one is called after.
+            damaged.rename(damaged.with_name("step-5"))
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", signalled)
+        assert train_quietly(config, run, cache_dir, resume=True).status == "interrupted"
+    assert load_checkpoint(run / "checkpoints" / "step-5").step == 5
 
 
 @pytest.mark.parametrize(("exits", "num_exits"), [("every:2", 1), ("0", 2)])

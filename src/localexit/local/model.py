@@ -158,6 +158,16 @@ class LocalModel(nn.Module):
             )
         self._exit_weights = values
 
+    def exit_position(self, exit_index: int) -> int:
+        """The position 0..L-1 of an exit that may be counted from the last.
+
+        Raises:
+            ValueError: there is no such exit.
+        """
+        if not -self.num_exits <= exit_index < self.num_exits:
+            raise ValueError(f"exit must be in {-self.num_exits}..{self.num_exits - 1}, got {exit_index}")
+        return exit_index % self.num_exits
+
     def shared_parameters(self) -> list[nn.Parameter]:
         """The parameters that several units' losses reach: unembedding, a shared exit norm, weights blocks share."""
         return list(self._shared)
@@ -238,13 +248,12 @@ class LocalModel(nn.Module):
         Raises:
             ValueError: there is no such exit, or use_cache without a cache to fill.
         """
-        if not -self.num_exits <= exit_index < self.num_exits:
-            raise ValueError(f"exit must be in {-self.num_exits}..{self.num_exits - 1}, got {exit_index}")
+        last_exit = self.exit_position(exit_index)
         if inputs.get("use_cache") and inputs.get("past_key_values") is None:
             raise ValueError("use_cache=True needs past_key_values=, the cache to fill: only logits are returned")
         step = LogitsStep(
             settings=self._settings,
-            last_exit=exit_index % self.num_exits,
+            last_exit=last_exit,
             positions=slice(-logits_to_keep, None) if logits_to_keep else slice(None),
         )
         with self._running_hooks().running(step):

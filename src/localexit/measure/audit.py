@@ -78,6 +78,24 @@ def audit_model(
         # That a rule does not go well with a norm is not what an audit is about.
         warnings.filterwarnings("ignore", message="feedback 'parallel", category=UserWarning)
         local = attach(model, feedback=feedback, exits=exits, exit_norm=exit_norm, backward=backward, seed=seed)
+    return _audit(local, input_ids, labels, seed=seed)
+
+
+def audit_attached(
+    local: LocalModel, *, input_ids: Tensor | None = None, labels: Tensor | None = None, seed: int = 0
+) -> AuditReport:
+    """Audit a model that is attached already, with its rule's state as it is; on a copy: it is not changed.
+
+    Args:
+        local: the attached model.
+        input_ids: int64 [B, T] to audit with; random token ids by default.
+        labels: int64 [B, T]; the input by default.
+        seed: of random token ids, dropout, and the changes an audit makes.
+    """
+    return _audit(copy.deepcopy(local), input_ids, labels, seed=seed)
+
+
+def _audit(local: LocalModel, input_ids: Tensor | None, labels: Tensor | None, *, seed: int) -> AuditReport:
     weight = local.unembedding.weight
     if input_ids is None:
         generator = torch.Generator(device="cpu").manual_seed(seed)

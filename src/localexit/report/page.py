@@ -15,6 +15,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from localexit._text import visible
+
 from . import text
 from .plots import comparison_charts
 from .runs import Run, read_run
@@ -112,7 +114,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _neutralised(value: object) -> object:
-    return text.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _data_uri(svg: bytes) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from localexit._text import visible
+
 from .runs import Run
 from .summary import exit_rows, totals
-from .text import count, number, percent, visible
+from .text import count, number, percent
 
 
 def exits_table(run: Run) -> Table:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.transforms import Bbox
 
-from .text import visible
+from localexit._text import visible
 
 FONT_SIZE = 9.0
 POINTS_PER_INCH = 72.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +23,9 @@ def written_atomically(path: Path) -> Iterator[Path]:
     Parent folders are made. Two processes that write the same file at once leave one whole file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    # Not `tempfile`, whose files nobody else may read: these have the mode that any new file gets.
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
         temporary.replace(path)

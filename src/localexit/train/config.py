@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from localexit import _checks
@@ -38,7 +40,10 @@ class FeedbackSpec:
     def __post_init__(self) -> None:
         _checks.choice("feedback", self.name, feedback_names())
         known = feedback_options(self.name)
-        for key, _ in self.options:
+        keys = [key for key, _ in self.options]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"feedback {self.name!r}: option {key!r} is given twice; pass it once")
             if key not in known:
                 raise ValueError(
                     f"feedback {self.name!r} has no option {key!r}; expected one of {', '.join(known) or 'none'}"
@@ -170,7 +175,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         _checks.non_negative("weight_decay", self.weight_decay)
         _checks.fraction("final_lr", self.final_lr)
-        if not all(0 <= beta < 1 for beta in self.betas):
+        if len(self.betas) != 2 or not all(isinstance(beta, Real) and 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.warmup_steps >= self.steps:
             raise ValueError(
@@ -215,7 +220,7 @@ def exit_indices(exits: str) -> str | tuple[int, ...]:
     Raises:
         ValueError: neither of these.
     """
-    if exits.startswith("every"):
+    if re.fullmatch(r"every(:[1-9]\d*)?", exits):
         return exits
     try:
         return tuple(int(part) for part in exits.split(","))

@@ -29,6 +29,7 @@ from localexit.train.models import (
     load_pretrained,
     load_tokenizer,
     model_config,
+    resolve_name,
     without_progress_bars,
 )
 from localexit.train.tokenizer import as_pretrained, copy_pretrained
@@ -226,7 +227,7 @@ def export_model(run: RunFolder, local: LocalModel, tokenizer: Tokenizer) -> Non
     if source in PRESETS:
         as_pretrained(tokenizer).save_pretrained(temporary)
     else:
-        copy_pretrained(source, temporary)
+        copy_pretrained(resolve_name(source), temporary)
     save_file(_exit_tensors(local), temporary / "exits.safetensors")
     shutil.rmtree(old, ignore_errors=True)
     if run.model.exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,7 @@ class Sampling:
 def generate(
     local: LocalModel, tokenizer: Tokenizer, prompt: str, *, exit_index: int = -1, sampling: Sampling | None = None
 ) -> Iterator[str]:
-    """Yield what exit `exit_index` writes after `prompt`, piece by piece, until it ends the text.
+    """What exit `exit_index` writes after `prompt`, piece by piece, until it ends the text.
 
     Args:
         local: the model, in eval mode.
@@ -53,15 +53,22 @@ def generate(
         sampling: how tokens are chosen.
 
     Raises:
-        ValueError: there is no such exit, or nothing to begin with.
+        ValueError: there is no such exit, or nothing to begin with; before the first piece is asked for.
     """
+    exit_index = local.exit_position(exit_index)
     end_ids = _end_ids(local)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or end_ids[:1]
     if not ids:
         raise ValueError("prompt: expected text, got none, and the model has no token that begins a text; pass some")
+    tokens = generate_ids(local, ids, exit_index=exit_index, sampling=sampling or Sampling())
+    return _pieces(tokens, tokenizer, end_ids)
+
+
+def _pieces(tokens: Iterable[int], tokenizer: Tokenizer, end_ids: list[int]) -> Iterator[str]:
+    """Text of token ids until one that ends it, each piece as soon as its characters are whole."""
     written: list[int] = []
     shown = ""
-    for token in generate_ids(local, ids, exit_index=exit_index, sampling=sampling or Sampling()):
+    for token in tokens:
         if token in end_ids:
             break
         written.append(token)

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from localexit.train.batches import BatchSampler
 from localexit.train.checkpoint import load_newest, save_checkpoint
@@ -21,7 +22,7 @@ from localexit.train.evaluate import validate
 from localexit.train.folder import RunFolder, export_model, versions
 from localexit.train.generate import Sampling, sample_text
 from localexit.train.logs import Board, Display, MetricsLog, drop_after
-from localexit.train.models import attach_exits, build_model, check_name
+from localexit.train.models import attach_exits, build_model, resolve_name
 from localexit.train.stop import StopRequest
 from localexit.train.trainer import NonFiniteError, RunFailedError, Trainer
 
@@ -55,6 +56,7 @@ class _Run:
     board: Board | None
     display: Display
     prompt: str
+    saved_step: int | None
     stop: StopRequest = field(default_factory=StopRequest)
 
 
@@ -80,7 +82,7 @@ def train(
     Raises:
         ValueError: configuration, text, model or folder do not fit together.
         NonFiniteError: a loss or gradient was NaN or infinite; the last checkpoint is whole.
-        RunFailedError: the folder could not be written any more.
+        RunFailedError: the folder could not be written any more, or what was written reads back as something else.
     """
     console = console or Console()
     folder = RunFolder(path=run_dir)
@@ -88,7 +90,7 @@ def train(
         check_same_config(folder.read_config(), config)
     else:
         folder.check_new()
-    check_name(config.model)
+    resolve_name(config.model)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
@@ -103,7 +105,8 @@ def train(
     try:
         with folder.locked(), _started(folder, config, data, trainer, console, resume=resume) as run:
             return _train(run)
-    except OSError as error:
+    # safetensors raises its own error for a full disk.
+    except (OSError, SafetensorError) as error:
         raise RunFailedError(f"run {run_dir}: {error}; the last checkpoint is whole, continue with --resume") from error
 
 
@@ -143,8 +146,7 @@ def _started(
 ) -> Iterator[_Run]:
     """Logs opened and, for a resume, everything put back to the newest whole checkpoint."""
     lines: list[str] = []
-    if resume:
-        _restore(folder, trainer, lines)
+    saved_step = _restore(folder, trainer, lines) if resume else None
     with ExitStack() as stack:
         log = MetricsLog(folder.metrics)
         stack.callback(log.close)
@@ -166,10 +168,12 @@ def _started(
             board=board,
             display=stack.enter_context(display),
             prompt=prompt,
+            saved_step=saved_step,
         )
 
 
-def _restore(folder: RunFolder, trainer: Trainer, lines: list[str]) -> None:
+def _restore(folder: RunFolder, trainer: Trainer, lines: list[str]) -> int | None:
+    """Go back to the newest whole checkpoint, and return its step; None when there is none yet."""
     snapshot = load_newest(folder.checkpoints, lines.append)
     if snapshot is None and lines:
         raise ValueError(
@@ -182,6 +186,7 @@ def _restore(folder: RunFolder, trainer: Trainer, lines: list[str]) -> None:
         trainer.restore(snapshot)
         lines.append(f"continued from checkpoint step-{snapshot.step}")
     drop_after(folder.metrics, trainer.step)
+    return None if snapshot is None else snapshot.step
 
 
 def _train(run: _Run) -> Outcome:
@@ -190,13 +195,14 @@ def _train(run: _Run) -> Outcome:
         with run.stop.listening():
             while trainer.step < config.steps and run.stop.signal_number is None:
                 _step(run)
-            if not (run.folder.checkpoints / f"step-{trainer.step}").exists():
+            if run.saved_step != trainer.step:
                 _checkpoint(run)
     except NonFiniteError as error:
         run.log.event(trainer.step, "non_finite", str(error))
         raise
     status: Literal["finished", "interrupted"] = "finished" if trainer.step == config.steps else "interrupted"
-    export_model(run.folder, trainer.local, run.data.tokenizer)
+    with _saving(run.folder):
+        export_model(run.folder, trainer.local, run.data.tokenizer)
     run.log.event(trainer.step, status, f"after {trainer.tokens} tokens in {trainer.seconds:.1f} s of training")
     return Outcome(run=run.folder, status=status, signal_number=run.stop.signal_number)
 
@@ -251,7 +257,18 @@ def _checkpoint(run: _Run) -> None:
         )
     # What a checkpoint says has happened must be in the log before it.
     run.log.sync()
-    save_checkpoint(run.folder.checkpoints, run.trainer.snapshot())
+    with _saving(run.folder):
+        save_checkpoint(run.folder.checkpoints, run.trainer.snapshot())
+    run.saved_step = run.trainer.step
+
+
+@contextmanager
+def _saving(folder: RunFolder) -> Iterator[None]:
+    """What is refused while a run saves (a checkpoint that reads back as another) is its failure, not bad input."""
+    try:
+        yield
+    except ValueError as error:
+        raise RunFailedError(f"run {folder.path}: {error}; the checkpoint before is whole, use --resume") from error
 
 
 def _default_prompt(data: RunData) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -124,13 +125,13 @@ def load_pretrained(name: str) -> Any:
     Raises:
         ValueError: it cannot be found or loaded.
     """
-    check_name(name)
+    source = resolve_name(name)
     from transformers import AutoModelForCausalLM
 
     try:
-        with without_progress_bars() if Path(name).is_dir() else nullcontext():
+        with without_progress_bars() if Path(source).is_dir() else nullcontext():
             return AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+                source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise _cannot_load(name, "model", error) from error
@@ -156,11 +157,11 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, int]:
     Raises:
         ValueError: it cannot be found, has no fast form, or no end-of-text token.
     """
-    check_name(name)
+    source = resolve_name(name)
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _cannot_load(name, "tokenizer", error) from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
@@ -193,17 +194,20 @@ def _from_preset(preset: Preset, config: TrainConfig, *, vocab_size: int, end_of
         return LlamaForCausalLM(architecture)
 
 
-def check_name(name: str) -> None:
-    """Refuse what is neither a preset, nor a folder, nor looks like a hub name.
+def resolve_name(name: str) -> str:
+    """A model's name as everything that loads it takes it: a preset, the path of a folder without `~`, or a hub name.
 
     Raises:
-        ValueError: so it is.
+        ValueError: it is none of them.
     """
     if name in PRESETS:
-        return
-    path = Path(name).expanduser()
-    if path.is_dir() or (name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))):
-        return
+        return name
+    # Not `Path.expanduser`, which raises for an unknown user.
+    path = os.path.expanduser(name)  # noqa: PTH111
+    if Path(path).is_dir():
+        return path
+    if name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~")):
+        return name
     raise ValueError(
         f"model must be a preset ({', '.join(PRESETS)}), a local folder or a hub name OWNER/NAME, got {name!r}; "
         f"check the spelling"
