@@ -26,16 +26,16 @@ def test_without_labels_or_gradients_or_training_the_model_is_the_same(name: str
     trained.sum().backward()
     expected.sum().backward()
     assert all(torch.equal(grad, gradients(untouched)[key]) for key, grad in gradients(model).items())
+    # Each against the same mode: some processors' kernels differ in the last bit with and without a graph.
     with torch.no_grad():
-        assert torch.equal(logits(local(ids)), expected)
+        assert torch.equal(logits(local(ids)), logits(untouched(ids)))
     with torch.inference_mode():
-        assert torch.equal(logits(model(ids)), expected)
-    assert torch.equal(logits(model.eval()(ids)), expected)
+        assert torch.equal(logits(model(ids)), logits(untouched(ids)))
+    assert torch.equal(logits(model.eval()(ids)), logits(untouched.eval()(ids)))
     if name != "plain":
-        own = untouched.eval()(ids, labels=labels)
-        assert torch.equal(local(ids, labels).loss, own.loss)
+        assert torch.equal(local(ids, labels).loss, untouched(ids, labels=labels).loss)
         with torch.no_grad():
-            assert torch.equal(model.train()(ids, labels=labels).loss, own.loss)
+            assert torch.equal(model.train()(ids, labels=labels).loss, untouched.train()(ids, labels=labels).loss)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
