@@ -69,6 +69,7 @@ def explicit_step(
     norms: Sequence[Callable[[Tensor], Tensor]] | None = None,
     weights: Sequence[float] | None = None,
     num_items: int | None = None,
+    token_weight: Tensor | None = None,
     **loss_options: float,
 ) -> list[Tensor]:
     """One step: leaves the gradients in `.grad`, returns the exits' unweighted losses."""
@@ -77,6 +78,7 @@ def explicit_step(
     weights = [1.0] * len(exits_at) if weights is None else weights
     target = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1).flatten()
     count = int((target != -100).sum()) if num_items is None else num_items
+    row_weight = None if token_weight is None else token_weight.roll(-1, dims=1).flatten()
     weight_grad, bias_grad = torch.zeros_like(parts.head.weight), torch.zeros(len(parts.head.weight)).double()
     hidden, extras = parts.embed(ids)
     losses = []
@@ -93,6 +95,7 @@ def explicit_step(
             feedback=feedback,
             linear_bias=parts.head.bias,
             num_items=count / weights[exit_index],
+            token_weight=row_weight,
             exit_index=exit_index,
             **loss_options,
         )

@@ -176,6 +176,36 @@ def test_the_normaliser_of_transformers_is_taken_as_well() -> None:
     torch.testing.assert_close(halved, local(input_ids=ids, labels=labels).loss / 2)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule_name", ["transport", "anchors", "mirror_sampled"])
+def test_token_weights_move_with_the_labels(rule_name: str, mode: str) -> None:
+    ids, labels = batch()
+    token_weight = torch.randn(labels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    reference, model = build("plain"), build("plain")
+    losses = explicit_step(parts_of("plain", reference), ids, labels, rule(rule_name), token_weight=token_weight)
+    got = train_step(attached(model, rule_name, backward=mode), mode, ids, labels, token_weight=token_weight)
+    torch.testing.assert_close(got, torch.stack(losses), rtol=1e-10, atol=0)
+    assert_same(gradients(model), gradients(reference))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_weight_per_sequence_weighs_the_losses_of_the_sequences(mode: str) -> None:
+    ids, labels = batch()
+    rewards = torch.tensor([0.5, -2.0], dtype=torch.float64)
+    weighted, apart = build("plain"), build("plain")
+    token_weight = rewards[:, None].expand(labels.shape)
+    train_step(attached(weighted, backward=mode), mode, ids, labels, token_weight=token_weight)
+    local = attached(apart, backward=mode)
+    count = int((labels[:, 1:] != -100).sum())
+    expected: dict[str, Tensor] = {}
+    for row, reward in enumerate(rewards.tolist()):
+        train_step(local, mode, ids[row : row + 1], labels[row : row + 1], num_items=count)
+        for name, grad in gradients(apart).items():
+            expected[name] = expected.get(name, torch.zeros_like(grad)) + reward * grad
+        apart.zero_grad()
+    assert_same(gradients(weighted), expected)
+
+
 def test_loss_scale_multiplies_the_gradients_and_not_the_loss() -> None:
     ids, labels = batch()
     plain, scaled = build("plain"), build("plain")

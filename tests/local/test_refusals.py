@@ -73,6 +73,19 @@ def test_bad_labels(labels: object, error: type[Exception], message: str) -> Non
     assert isinstance(local(*batch()), LocalOutput)
 
 
+@pytest.mark.parametrize(
+    ("token_weight", "error", "reason"),
+    [
+        (torch.ones(2), ValueError, "expected target's shape"),
+        (torch.ones(2, 7, dtype=torch.int64), TypeError, "token_weight must have one of the dtypes"),
+        ([[1.0] * 7] * 2, TypeError, "token_weight must be a tensor"),
+    ],
+)
+def test_token_weights_are_one_number_a_label(token_weight: object, error: type[Exception], reason: str) -> None:
+    with pytest.raises(error, match=reason):
+        attached(build("plain"))(*batch(), token_weight=token_weight)
+
+
 def test_loss_scale_is_for_stream_only() -> None:
     with pytest.raises(ValueError, match="loss_scale is for backward='stream'"):
         attached(build("plain"))(*batch(), loss_scale=2.0)

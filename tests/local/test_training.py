@@ -240,7 +240,7 @@ def test_a_forgotten_update_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         local(ids, labels)
 
 
-@pytest.mark.parametrize("option", [{"num_items": 3}, {"loss_scale": 2.0}])
+@pytest.mark.parametrize("option", [{"num_items": 3}, {"loss_scale": 2.0}, {"token_weight": torch.ones(2, 7)}])
 def test_options_of_training_are_refused_outside_of_it(option: dict[str, float]) -> None:
     ids, labels = batch()
     local = attached(build("llama"))

@@ -25,12 +25,13 @@ from localexit.local.steps import (
     TrainingStep,
     num_targets,
     shifted,
+    shifted_weight,
 )
 from localexit.local.trace import accepts, eval_mode
 from localexit.local.units import Unit
 
 # Arguments of a training forward that the model itself does not get; the third is the name `transformers` uses.
-OURS = ("labels", "num_items", "num_items_in_batch", "loss_scale")
+OURS = ("labels", "num_items", "num_items_in_batch", "token_weight", "loss_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +41,14 @@ class TrainingInputs:
     Attributes:
         labels: [B, T].
         num_items: normaliser of the loss, or None for the number of labels that count.
+        token_weight: [B, T] like labels, or None.
         loss_scale: factor of the gradients in stream mode, or None.
         args, kwargs: what the model's own forward gets.
     """
 
     labels: Tensor
     num_items: Tensor | int | None
+    token_weight: Tensor | None
     loss_scale: Tensor | float | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -66,6 +69,7 @@ class TrainingInputs:
         return cls(
             labels=kwargs["labels"],
             num_items=kwargs.get("num_items_in_batch") if num_items is None else num_items,
+            token_weight=kwargs.get("token_weight"),
             loss_scale=kwargs.get("loss_scale"),
             args=args,
             kwargs={key: value for key, value in kwargs.items() if key not in OURS},
@@ -178,6 +182,7 @@ class LocalModel(nn.Module):
         labels: Tensor | None = None,
         *,
         num_items: Tensor | int | None = None,
+        token_weight: Tensor | None = None,
         loss_scale: Tensor | float | None = None,
         **inputs: Any,
     ) -> Any:
@@ -189,6 +194,8 @@ class LocalModel(nn.Module):
                 predicted at t: the shift is made here.
             num_items: what the summed loss is divided by; by default the number of labels that count. Give the number
                 of a whole batch when it is made of several forwards.
+            token_weight: floating point [B, T], negative allowed: what the loss of predicting each label is multiplied
+                by; shifted with the labels. The normaliser stays the number of labels, whatever the weights.
             loss_scale: factor of the gradients, for GradScaler; "stream" only.
             inputs: the model's other inputs.
 
@@ -198,7 +205,7 @@ class LocalModel(nn.Module):
         Raises:
             ValueError: labels that do not fit, or labels outside of training for a model that does not take any.
         """
-        ours = {"labels": labels, "num_items": num_items, "loss_scale": loss_scale}
+        ours = {"labels": labels, "num_items": num_items, "token_weight": token_weight, "loss_scale": loss_scale}
         given = {name: value for name, value in ours.items() if value is not None}
         is_training = self.model.training and torch.is_grad_enabled()
         if labels is not None and not is_training and not accepts(self.model, "labels"):
@@ -315,6 +322,7 @@ class LocalModel(nn.Module):
     def _training_step(self, inputs: TrainingInputs) -> TrainingStep:
         target = shifted(inputs.labels)
         num_items = num_targets(target) if inputs.num_items is None else inputs.num_items
+        token_weight = None if inputs.token_weight is None else shifted_weight(inputs.token_weight, inputs.labels)
         first_row = self._count_rows(target)
         last_exit = self.num_exits - 1
         if self.backward_mode == "stream":
@@ -323,6 +331,7 @@ class LocalModel(nn.Module):
                 last_exit=last_exit,
                 target=target,
                 num_items=num_items,
+                token_weight=token_weight,
                 weights=self.exit_weights,
                 first_row=first_row,
                 loss_scale=1.0 if inputs.loss_scale is None else inputs.loss_scale,
@@ -332,6 +341,7 @@ class LocalModel(nn.Module):
             last_exit=last_exit,
             target=target,
             num_items=num_items,
+            token_weight=token_weight,
             weights=self.exit_weights,
             first_row=first_row,
         )

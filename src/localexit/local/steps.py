@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from localexit import _checks
 from localexit.exits.functional import exit_cross_entropy, exit_step
 from localexit.feedback.base import Feedback, accumulate_dtype
 from localexit.local.exits import Exit, Readout
@@ -81,12 +82,14 @@ class TrainingStep(Step):
     Attributes:
         target: int64 [B, T], labels shifted by one, -100 where nothing is to be predicted.
         num_items: normaliser of the loss, the number of tokens that count.
+        token_weight: [B, T], what each target's loss is multiplied by; None for 1.
         weights: per exit, what its loss counts in the sum.
         first_row: number of the first token among those of the optimiser step.
     """
 
     target: Tensor
     num_items: Tensor | int
+    token_weight: Tensor | None
     weights: Sequence[float]
     first_row: int
     losses: list[Tensor] = field(default_factory=list)
@@ -121,6 +124,7 @@ class DeferredStep(TrainingStep):
             feedback=settings.feedback,
             linear_bias=settings.readout.bias(),
             num_items=self.num_items,
+            token_weight=self.token_weight,
             label_smoothing=settings.label_smoothing,
             z_loss=settings.z_loss,
             softcap=settings.readout.softcap,
@@ -165,6 +169,7 @@ class StreamStep(TrainingStep):
             linear_bias=None if bias is None else bias.detach(),
             # Loss, dW and feedback are all proportional to 1 / num_items: dividing it scales the three at once.
             num_items=self.num_items / factor,
+            token_weight=self.token_weight,
             label_smoothing=settings.label_smoothing,
             z_loss=settings.z_loss,
             softcap=readout.softcap,
@@ -299,6 +304,20 @@ def shifted(labels: Tensor) -> Tensor:
     target = torch.full_like(labels, IGNORE_INDEX)
     target[:, :-1] = labels[:, 1:]
     return target
+
+
+def shifted_weight(token_weight: Tensor, labels: Tensor) -> Tensor:
+    """The weights in the places of `shifted(labels)`: that of label t + 1 at t.
+
+    Args:
+        token_weight: floating point [B, T], one weight a label.
+        labels: int64 [B, T].
+
+    Raises:
+        TypeError, ValueError: they are not one floating-point number a label.
+    """
+    _checks.token_weight(token_weight, labels)
+    return torch.cat([token_weight[:, 1:], torch.zeros_like(token_weight[:, :1])], dim=1)
 
 
 def num_targets(target: Tensor) -> Tensor:
