@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from localexit import LocalModel
-from localexit.train.folder import load_run
+from localexit.train.export import load_run
 
 
 def contexts(ids: Sequence[int], length: int, most: int = 64) -> Tensor:

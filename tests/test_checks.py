@@ -197,9 +197,9 @@ RULE_CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "option_unknown": (
         rule("dense", topk=3),
         ValueError,
-        "option 'topk' is not one of 'dense'; expected one of rank, gain",
+        "feedback 'dense' has no option 'topk'; expected one of rank, gain",
     ),
-    "option_of_another_form": (rule("mirror", num_draws=3), ValueError, "option 'num_draws' is not one of 'mirror'"),
+    "option_of_another_form": (rule("mirror", num_draws=3), ValueError, "'mirror' has no option 'num_draws'"),
     "option_the_name_decides": (rule("parallel_gold", residual="topmass"), ValueError, "option 'residual'"),
     "rank_above_width": (
         rule("dense", rank=D + 1),

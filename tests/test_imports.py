@@ -17,18 +17,22 @@ ROOT = Path(localexit.__file__).parent
 
 # What a room may import of the package, besides itself.
 ROOMS: dict[str, set[str]] = {
-    "_checks": set(),
+    "_values": set(),
+    "_rules": {"_values"},
+    "_checks": {"_values"},
     "_text": set(),
-    "feedback": {"_checks"},
+    "feedback": {"_checks", "_rules"},
     "exits": {"_checks", "feedback"},
     "kernels": {"_checks", "feedback", "exits"},
     "local": {"_checks", "feedback", "exits"},
     "measure": {"_checks", "feedback", "exits", "local", "train"},
-    "train": {"_checks", "feedback", "exits", "local"},
+    "train": {"_checks", "_rules", "_values", "feedback", "exits", "local"},
     "report": {"_checks", "_text", "feedback"},
 }
 # The choice of a backend is made where exits are called, and only when one is asked for.
 LAZY: dict[str, set[str]] = {"_checks": {"feedback"}, "exits": {"kernels"}}
+# What the command imports before it has work to do.
+LIGHT = ("localexit", "localexit.cli", "localexit.train.preflight", "localexit.train.sampling")
 HEAVY = ("triton", "transformers", "tokenizers", "matplotlib", "jinja2", "tyro", "rich", "tensorboard", "datasets")
 
 
@@ -93,11 +97,22 @@ def state():
     return (*modes, torch.get_rng_state().tolist(), random.getstate(), list(warnings.filters))
 
 before = state()
-for name in ("localexit", "localexit.measure"):
+for name in ("localexit.local", "localexit.measure"):
     __import__(name)
     print(name, [heavy for heavy in {HEAVY!r} if heavy in sys.modules], torch.cuda.is_initialized(), state() == before)
 """
-    assert fresh_python(code).splitlines() == ["localexit [] False True", "localexit.measure [] False True"]
+    assert fresh_python(code).splitlines() == ["localexit.local [] False True", "localexit.measure [] False True"]
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_the_command_answers_without_torch(name: str) -> None:
+    assert fresh_python(f"import sys, {name}; print('torch' in sys.modules, 'numpy' in sys.modules)") == "False False"
+
+
+def test_a_name_that_is_not_public_is_none() -> None:
+    with pytest.raises(AttributeError, match="module 'localexit' has no attribute 'backprop'"):
+        localexit.backprop  # noqa: B018
+    assert set(localexit.__all__) <= set(dir(localexit))
 
 
 def test_all_public_names_exist() -> None:

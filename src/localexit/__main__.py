@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from localexit import _checks
+from localexit import _values
 
 
 def main() -> None:
@@ -12,7 +12,7 @@ def main() -> None:
     try:
         from localexit import cli
     except ModuleNotFoundError as error:
-        sys.stderr.write(f"localexit: {_checks.missing_package(error.name)}\n")
+        sys.stderr.write(f"localexit: {_values.missing_package(error.name)}\n")
         sys.exit(2)
     sys.exit(cli.run(sys.argv[1:]))
 

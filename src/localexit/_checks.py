@@ -1,106 +1,62 @@
-"""Every message a caller can get for bad input to the feedback rules and the exit: expected, got, remedy."""
+"""Every message a caller can get for bad input to the feedback rules and the exit: expected, got, remedy.
+
+Those about numbers and names are in `_values.py`, which needs no torch, and are here as well.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from localexit._values import (
+    choice,
+    count,
+    finite,
+    fraction,
+    integer,
+    loss_options,
+    non_negative,
+    number,
+    rank,
+    rank_exact,
+    seed,
+)
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "INDEX_DTYPES",
+    "accumulator",
+    "call_options",
+    "choice",
+    "compressor_error",
+    "compressor_targets",
+    "count",
+    "feedback_fits",
+    "finite",
+    "floating",
+    "fraction",
+    "head_inputs",
+    "integer",
+    "loss_options",
+    "non_negative",
+    "num_items",
+    "number",
+    "rank",
+    "rank_exact",
+    "reverse_mode",
+    "seed",
+    "shapes",
+    "targets_in_range",
+    "token_weight",
+]
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
-
-
-def missing_package(name: str | None) -> str:
-    """What to do about a package that is not installed; the library alone needs none but torch, numpy, safetensors."""
-    return f"package {name!r} is not installed: this needs pip install 'localexit[train]'"
-
-
-def choice(name: str, value: object, allowed: Sequence[object]) -> None:
-    """`value` must be one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def count(name: str, value: Any, *, minimum: int) -> int:
-    """An integer of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer of at least {minimum}, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return int(value)
-
-
-def integer(name: str, value: Any) -> int:
-    """An integer of either sign."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    return int(value)
-
-
-def seed(value: Any) -> int:
-    """A seed that fits into 64 bits, so that it can be saved as a tensor."""
-    if not -(2**63) <= integer("seed", value) < 2**63:
-        raise ValueError(f"seed must be a 64-bit integer, got {value}")
-    return int(value)
-
-
-def _number(name: str, value: Any, expected: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {expected}, got {value!r}")
-    return float(value)
-
-
-def finite(name: str, value: Any) -> float:
-    """A finite number."""
-    if not math.isfinite(_number(name, value, "a finite number")):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
-
-
-def non_negative(name: str, value: Any) -> float:
-    """A finite number of at least 0."""
-    expected = "a finite number of at least 0"
-    if not 0 <= _number(name, value, expected) < math.inf:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
-    return float(value)
-
-
-def fraction(name: str, value: Any) -> float:
-    """A number in (0, 1]."""
-    if not 0 < _number(name, value, "a number in (0, 1]") <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {value!r}")
-    return float(value)
-
-
-def rank(value: int | None, hidden_size: int, name: str = "rank", *, default: int = 128) -> int:
-    """A rank in 1..hidden_size; None means min(default, hidden_size)."""
-    if value is None:
-        return min(default, hidden_size)
-    value = count(name, value, minimum=1)
-    if value > hidden_size:
-        raise ValueError(
-            f"{name}={value} is larger than the hidden size {hidden_size}: {value} orthonormal columns of length "
-            f"{hidden_size} do not exist; pass {name}={hidden_size} or less"
-        )
-    return value
-
-
-def rank_exact(value: int | None, full_rank: int) -> int:
-    """A rank for the exact part in 0..rank; None means a quarter of it."""
-    if value is None:
-        return full_rank // 4
-    value = count("rank_exact", value, minimum=0)
-    if value > full_rank:
-        raise ValueError(
-            f"rank_exact={value} is larger than rank={full_rank}, of which it is a part; pass rank_exact={full_rank} "
-            f"or less, or a larger rank"
-        )
-    return value
 
 
 def floating(name: str, tensor: Any) -> None:
@@ -182,17 +138,6 @@ def token_weight(weight: Any, target: Tensor) -> None:
         raise ValueError(f"token_weight is on {weight.device} but target is on {target.device}; move one of them")
 
 
-def loss_options(reduction: Any, label_smoothing: Any, z_loss: Any, softcap: Any) -> None:
-    """Options of the loss."""
-    choice("reduction", reduction, ("mean", "sum", "none"))
-    if not 0 <= _number("label_smoothing", label_smoothing, "a number in [0, 1)") < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
-    non_negative("z_loss", z_loss)
-    expected = "a positive number or None (no cap)"
-    if softcap is not None and not 0 < _number("softcap", softcap, expected) < math.inf:
-        raise ValueError(f"softcap must be {expected}, got {softcap!r}")
-
-
 def call_options(ignore_index: Any, exit_index: Any, chunk_bytes: Any) -> None:
     """Options of a call that are not the loss's."""
     integer("ignore_index", ignore_index)
@@ -216,7 +161,7 @@ def num_items(value: Any, reduction: str, hidden: Tensor) -> None:
             raise TypeError(f"num_items must be a number of tokens, got a tensor of {value.dtype}")
         if value.device.type != "cpu":
             _same_device("num_items", value, hidden, of="input")
-    elif not 0 < _number("num_items", value, "a number of tokens or a 0-dim tensor") < math.inf:
+    elif not 0 < number("num_items", value, "a number of tokens or a 0-dim tensor") < math.inf:
         raise ValueError(f"num_items must be a positive number of tokens, got {value!r}")
 
 

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from localexit import _checks
+from localexit import _values
+from localexit._rules import feedback_names
 from localexit._text import visible
-from localexit.feedback import feedback_names
 from localexit.train.config import FeedbackSpec, TrainConfig
 
 BAD_INPUT = 2
@@ -43,14 +43,19 @@ class Train:
 
     def execute(self) -> int:
         """Train, then print the table, a sample and the report's path."""
+        from localexit.train.folder import RunFolder, new_run_folder
+        from localexit.train.preflight import check_start
+
+        path = self.run or new_run_folder(self.config)
+        # `train` checks it too, but is there only after torch.
+        check_start(self.config, RunFolder(path=path), resume=self.resume)
         from rich.console import Console
 
         from localexit.report import exits_table, read_run, write_report
-        from localexit.train.folder import new_run_folder
         from localexit.train.loop import train
 
         console = Console()
-        outcome = train(self.config, self.run or new_run_folder(self.config), resume=self.resume, console=console)
+        outcome = train(self.config, path, resume=self.resume, console=console)
         run = read_run(outcome.run.path)
         console.print(exits_table(run))
         for sample in run.records.samples[-1:]:
@@ -88,9 +93,8 @@ class Generate:
 
     def execute(self) -> int:
         """Print the prompt and, piece by piece, what follows it."""
-        from localexit.train.devices import resolve_device
-        from localexit.train.folder import load_run
-        from localexit.train.generate import Sampling, generate
+        from localexit.train.folder import RunFolder
+        from localexit.train.sampling import Sampling
 
         sampling = Sampling(
             max_new_tokens=self.max_new_tokens,
@@ -98,6 +102,11 @@ class Generate:
             top_k=self.top_k or None,
             seed=self.seed,
         )
+        RunFolder(path=self.run).check_has_model()
+        from localexit.train.devices import resolve_device
+        from localexit.train.export import load_run
+        from localexit.train.generate import generate
+
         local, tokenizer = load_run(self.run, device=resolve_device(self.device))
         # A terminal obeys control characters; a file may have them as they are.
         shown = visible if sys.stdout.isatty() else str
@@ -123,10 +132,10 @@ class Report:
 
     def execute(self) -> int:
         """Write the page and print its path."""
-        from localexit.report import write_report
-
         if not self.runs:
             raise ValueError("runs: expected at least one run directory, got none; name the folders to report on")
+        from localexit.report import write_report
+
         sys.stdout.write(f"{write_report(self.runs, output=self.output)}\n")
         return 0
 
@@ -149,42 +158,56 @@ class Audit:
 
     def execute(self) -> int:
         """Print the checks; 0 if all passed, else 1."""
-        from localexit.measure import audit_attached
+        from localexit.train.folder import RunFolder
+        from localexit.train.presets import resolve_name
 
-        report = audit_attached(self._attached(), seed=self.seed)
-        sys.stdout.write(f"{report}\n")
-        return 0 if report.passed else FAILED
-
-    def _attached(self) -> Any:
-        """The model with its exits: a run's as it ended, but for what the options change."""
-        import torch
-
-        from localexit.train.folder import RunFolder, load_run
-        from localexit.train.models import attach_exits
-
-        device = torch.device("cpu")
         given: dict[str, Any] = {} if self.feedback is None else {"feedback": FeedbackSpec.parse(self.feedback)}
         if self.exits is not None:
             given["exits"] = self.exits
         run = RunFolder(path=Path(self.model))
-        if not run.metrics.is_file():
+        is_run = run.metrics.is_file()
+        if is_run:
+            run.check_has_model()
+            config = replace(run.read_config(), **given)
+        else:
+            resolve_name(self.model)
             config = TrainConfig(model=self.model, seed=self.seed, **given)
-            return attach_exits(self._model(config), config, device=device)
-        local, _ = load_run(run.path, device=device)
-        if not given:
+        from localexit.measure import audit_attached
+
+        local = self._run_as_it_ended(run.path, config, is_changed=bool(given)) if is_run else self._attached(config)
+        report = audit_attached(local, seed=self.seed)
+        sys.stdout.write(f"{report}\n")
+        return 0 if report.passed else FAILED
+
+    def _run_as_it_ended(self, path: Path, config: TrainConfig, *, is_changed: bool) -> Any:
+        """The model of a run with its exits, but for what the options change."""
+        import torch
+
+        from localexit.train.export import load_run
+        from localexit.train.models import attach_exits
+
+        device = torch.device("cpu")
+        local, _ = load_run(path, device=device)
+        if not is_changed:
             return local
         local.remove()
-        changed = attach_exits(local.model, replace(run.read_config(), **given), device=device)
+        changed = attach_exits(local.model, config, device=device)
         if self.feedback is None:
             changed.feedback.load_state_dict(local.feedback.state_dict())
         return changed
 
-    def _model(self, config: TrainConfig) -> Any:
-        from localexit.train.models import PRESETS, build_model, load_pretrained
+    def _attached(self, config: TrainConfig) -> Any:
+        """A model that no run trained, with exits."""
+        import torch
+
+        from localexit.train.models import attach_exits, build_model, load_pretrained
+        from localexit.train.presets import PRESETS
 
         if self.model in PRESETS:
-            return build_model(config, vocab_size=PRESETS[self.model].vocab_size, end_of_text_id=0)
-        return load_pretrained(self.model)
+            model = build_model(config, vocab_size=PRESETS[self.model].vocab_size, end_of_text_id=0)
+        else:
+            model = load_pretrained(self.model)
+        return attach_exits(model, config, device=torch.device("cpu"))
 
 
 Command = (
@@ -221,7 +244,7 @@ def _refusal(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
     if isinstance(error, ModuleNotFoundError):
-        return _checks.missing_package(error.name), BAD_INPUT
+        return _values.missing_package(error.name), BAD_INPUT
     if isinstance(error, RuntimeError):
         from localexit.train.trainer import RunFailedError
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
@@ -42,6 +44,17 @@ def test_a_rule_is_called_what_it_was_asked_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
+def test_options_are_the_constructor_s(name: str) -> None:
+    """Every argument of a rule's class is an option of one of its names, or what its name fixes."""
+    sizes = {"self", "hidden_size", "vocab_size", "seed"}
+    entry = TABLE[name]
+    taken = [key for key in inspect.signature(entry.rule.__init__).parameters if key not in sizes]
+    assert set(feedback_options(name)) <= set(taken) - set(entry.fixed)
+    named = [other for other in RULES if TABLE[other].rule is entry.rule]
+    assert {key for other in named for key in (*feedback_options(other), *TABLE[other].fixed)} == set(taken)
+
+
+@pytest.mark.parametrize("name", RULES)
 def test_every_option_has_an_effect(name: str) -> None:
     """No option is taken and not applied: each one listed changes an attribute or a buffer of the rule."""
     for option in feedback_options(name):
@@ -62,7 +75,7 @@ def test_only_transport_declares_the_weight(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "option"), [("parallel", "residual"), ("mirror", "sampled"), ("transport", "topk")])
 def test_options_the_name_decides_are_refused(name: str, option: str) -> None:
-    with pytest.raises(ValueError, match=f"option '{option}' is not one of '{name}'"):
+    with pytest.raises(ValueError, match=f"'{name}' has no option '{option}'"):
         make_feedback(name, 9, 11, **{option: 1})
 
 

@@ -13,8 +13,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from localexit.local import LocalModel
-from localexit.train.folder import RunFolder, export_model
-from localexit.train.models import attach_exits, build_model
+from localexit.train.export import export_model
+from localexit.train.folder import RunFolder
+from localexit.train.models import attach_exits, build_model, model_config
 from train.small_runs import small_config, train_quietly
 
 CHAT_TEMPLATE = "{% for message in messages %}<s>{{ message.content }}</s>{% endfor %}"
@@ -73,7 +74,7 @@ def test_a_pretrained_model_keeps_its_tokenizer(pretrained: Path, text: Path, ca
 def write_folder(run: RunFolder, text: Path, *, name: str) -> LocalModel:
     config = small_config(text)
     local = attach_exits(build_model(config, vocab_size=300, end_of_text_id=0), config, device=torch.device("cpu"))
-    run.write(config, {"format": 1, "name": name}, local, torch.device("cpu"))
+    run.write(config, {"format": 1, "name": name}, model=model_config(local).to_dict(), device="cpu")
     return local
 
 
@@ -186,4 +187,4 @@ def _die_before(patch: pytest.MonkeyPatch, moment: int) -> None:
         rmtree(path, ignore_errors=ignore_errors)
 
     patch.setattr(Path, "rename", dying_rename)
-    patch.setattr("localexit.train.folder.shutil.rmtree", dying_rmtree)
+    patch.setattr("localexit.train.export.shutil.rmtree", dying_rmtree)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from localexit.local import LocalModel
-from localexit.train.folder import load_run
-from localexit.train.generate import Sampling, choose, generate, generate_ids, sample_text
+from localexit.train.export import load_run
+from localexit.train.generate import choose, generate, generate_ids, sample_text
+from localexit.train.sampling import Sampling
 from train.small_runs import small_config, train_quietly
 
 

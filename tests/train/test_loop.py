@@ -343,7 +343,7 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint(
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-3"]
 
 
-@pytest.mark.parametrize("module", ["checkpoint", "folder"])
+@pytest.mark.parametrize("module", ["checkpoint", "export"])
 def test_what_safetensors_cannot_write_ends_the_run(
     text: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:

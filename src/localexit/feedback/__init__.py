@@ -1,10 +1,11 @@
 """What comes back to the hidden state in place of `e @ W`. Knows no loss, never receives the unembedding."""
 
+from localexit._rules import feedback_names, feedback_options
 from localexit.feedback.anchors import LogitAnchors
 from localexit.feedback.base import Anchors, Error, Feedback, Tokens
 from localexit.feedback.factorized import Dense, Hybrid, Sketch
 from localexit.feedback.parallel import ExactParallel
-from localexit.feedback.registry import RULES, feedback_names, feedback_options, make_feedback
+from localexit.feedback.registry import RULES, make_feedback
 from localexit.feedback.rows import WeightMirror, WeightTransport
 
 __all__ = [

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from localexit import _checks
+from localexit._rules import check_options
 from localexit.feedback.anchors import LogitAnchors
 from localexit.feedback.base import RULE_CLASSES, Feedback
 from localexit.feedback.factorized import Dense, Hybrid, Sketch
@@ -20,11 +19,10 @@ from localexit.feedback.rows import WeightMirror, WeightTransport
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One named rule: its class, the options its name fixes or does not read, what a reader wants to know of it."""
+    """One named rule: its class, the options its name fixes, what a reader wants to know of it."""
 
     rule: type[Feedback]
     fixed: dict[str, Any] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
     equation: str
     cost: str
     state: str
@@ -39,7 +37,6 @@ RULES: dict[str, Rule] = {
     "parallel": Rule(
         rule=ExactParallel,
         fixed={"residual": None},
-        unused=("residual_rank", "residual_gain", "mass_threshold", "nucleus_cap"),
         equation="h ⟨e, z − b⟩ / ‖h‖²",
         cost="NV",
         state="none",
@@ -47,7 +44,6 @@ RULES: dict[str, Rule] = {
     "parallel_gold": Rule(
         rule=ExactParallel,
         fixed={"residual": "gold"},
-        unused=("mass_threshold", "nucleus_cap"),
         equation="… + λ R(h) e_gold q_gold",
         cost="NV + 4NDR",
         state="V·R + D·R",
@@ -63,7 +59,6 @@ RULES: dict[str, Rule] = {
     "mirror": Rule(
         rule=WeightMirror,
         fixed={"sampled": False},
-        unused=("topk", "num_draws"),
         equation="e B",
         cost="2NVD + 6MVD",
         state="V·D",
@@ -78,7 +73,6 @@ RULES: dict[str, Rule] = {
     "transport": Rule(
         rule=WeightTransport,
         fixed={"sampled": False},
-        unused=("topk", "num_draws"),
         equation="e W",
         cost="2NVD",
         state="none",
@@ -91,19 +85,6 @@ RULES: dict[str, Rule] = {
         state="none",
     ),
 }
-
-
-def feedback_names() -> tuple[str, ...]:
-    """The names `make_feedback` knows, in the order of the documentation."""
-    return tuple(RULES)
-
-
-def feedback_options(name: str) -> tuple[str, ...]:
-    """The options `make_feedback(name, ...)` takes besides the sizes and the seed."""
-    _checks.choice("feedback", name, feedback_names())
-    entry = RULES[name]
-    taken = {"self", "hidden_size", "vocab_size", "seed", *entry.fixed, *entry.unused}
-    return tuple(key for key in inspect.signature(entry.rule.__init__).parameters if key not in taken)
 
 
 def make_feedback(name: str, hidden_size: int, vocab_size: int, *, seed: int | None = 0, **options: Any) -> Feedback:
@@ -122,12 +103,8 @@ def make_feedback(name: str, hidden_size: int, vocab_size: int, *, seed: int | N
     Raises:
         ValueError: the name or an option is unknown, or an option is out of range.
     """
-    _checks.choice("feedback", name, feedback_names())
+    check_options(name, options)
     entry = RULES[name]
-    known = feedback_options(name)
-    for key in options:
-        if key not in known:
-            raise ValueError(f"option {key!r} is not one of {name!r}; expected one of {', '.join(known) or 'none'}")
     return entry.rule(hidden_size=hidden_size, vocab_size=vocab_size, seed=seed, **entry.fixed, **options)  # type: ignore[call-arg]
 
 

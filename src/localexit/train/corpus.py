@@ -92,6 +92,19 @@ def load_corpus(spec: str) -> Corpus:
     return _load_path(spec)
 
 
+def check_source(spec: str) -> None:
+    """Refuse what cannot be the name of a corpus, without reading it.
+
+    Raises:
+        ValueError: an unknown specification, or a path that is no regular file or folder.
+        FileNotFoundError: the path does not exist.
+    """
+    if spec.startswith("hf:"):
+        _hf_name(spec)
+    elif spec not in ("stdlib", "docstrings"):
+        _source_path(spec)
+
+
 def _load_stdlib(spec: str) -> Corpus:
     counts: Counter[str] = Counter()
     root = Path(sysconfig.get_path("stdlib"))
@@ -106,6 +119,16 @@ def _is_stdlib_source(relative: PurePosixPath, is_folder: bool) -> bool:
 
 
 def _load_path(spec: str) -> Corpus:
+    path = _source_path(spec)
+    counts: Counter[str] = Counter()
+    if path.is_dir():
+        return _make_corpus(spec, read_folder(path, counts, is_wanted=is_not_hidden), counts)
+    text = read_text(path, counts)
+    return _make_corpus(spec, [] if text is None else [Document(name=path.name, text=text)], counts)
+
+
+def _source_path(spec: str) -> Path:
+    """The regular file or folder that `spec` is the path of."""
     expected = "data: expected 'stdlib', 'docstrings', 'hf:NAME' or the path of a text file or folder"
     if not spec.strip() or "\0" in spec:
         raise ValueError(f"{expected}; got {spec!r}; pass one of these")
@@ -118,19 +141,21 @@ def _load_path(spec: str) -> Corpus:
         # RuntimeError: the home folder of somebody unknown
         reason = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"{expected}; got {spec!r}: {reason}; check the path") from error
-    counts: Counter[str] = Counter()
-    if stat.S_ISDIR(mode):
-        return _make_corpus(spec, read_folder(path, counts, is_wanted=is_not_hidden), counts)
-    if not stat.S_ISREG(mode):
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
         raise ValueError(f"{expected}; got {spec!r}, a device, pipe or socket; save the text to a file first")
-    text = read_text(path, counts)
-    return _make_corpus(spec, [] if text is None else [Document(name=path.name, text=text)], counts)
+    return path
 
 
-def _load_hf(spec: str) -> Corpus:
+def _hf_name(spec: str) -> tuple[str, str]:
+    """Name and configuration of a data set; the second may be empty."""
     name, _, config = spec.removeprefix("hf:").partition(":")
     if not name:
         raise ValueError(f"data: expected 'hf:NAME' or 'hf:NAME:CONFIG'; got {spec!r}; name a data set")
+    return name, config
+
+
+def _load_hf(spec: str) -> Corpus:
+    name, config = _hf_name(spec)
     try:
         import datasets
     except ImportError as error:

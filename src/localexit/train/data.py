@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 
 from localexit.train.config import TrainConfig
 from localexit.train.corpus import load_corpus
-from localexit.train.models import PRESETS, load_tokenizer
+from localexit.train.models import load_tokenizer
+from localexit.train.presets import PRESETS
 from localexit.train.tokenizer import END_OF_TEXT, train_tokenizer
 from localexit.train.tokens import TokenStream, load_tokens
 

@@ -1,4 +1,4 @@
-"""The run directory: its configuration, and the model that a run ends with."""
+"""The run directory: what is where in it, its configuration, and the lock on it. Without torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,24 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-
-from localexit.local import LocalModel
 from localexit.train.cache import written_atomically
 from localexit.train.config import TrainConfig
-from localexit.train.models import (
-    PRESETS,
-    attach_exits,
-    load_pretrained,
-    load_tokenizer,
-    model_config,
-    resolve_name,
-    without_progress_bars,
-)
-from localexit.train.tokenizer import as_pretrained, copy_pretrained
 
 FORMAT = 1
 _REMEDY = "pass a folder that `localexit train` wrote"
@@ -92,8 +75,14 @@ class RunFolder:
         if self.path.exists() or self.path.is_symlink():
             raise self._exists_error()
 
-    def write(self, config: TrainConfig, corpus: Mapping[str, Any], local: LocalModel, device: torch.device) -> None:
+    def write(self, config: TrainConfig, corpus: Mapping[str, Any], *, model: Mapping[str, Any], device: str) -> None:
         """Make the folder with `config.json` and `corpus.json`.
+
+        Args:
+            config: of the run.
+            corpus: what was read.
+            model: the configuration that `transformers` keeps with the model.
+            device: where it runs, for people.
 
         Raises:
             ValueError: another process has made it since `check_new`.
@@ -112,9 +101,9 @@ class RunFolder:
             {
                 "format": FORMAT,
                 "train": config.to_json(),
-                "model": model_config(local).to_dict(),
+                "model": model,
                 "versions": versions(),
-                "device": device_name(device),
+                "device": device,
             },
         )
 
@@ -151,11 +140,12 @@ class RunFolder:
             raise ValueError(f"{self.config}: not a configuration of a run ({error!r}); {_REMEDY}") from error
 
     def check_has_model(self) -> None:
-        """Refuse a run that has not written its model yet.
+        """Refuse what is not a run, or one that has not written its model yet.
 
         Raises:
             ValueError: so it is.
         """
+        self.read_config()
         if not self.model.is_dir():
             raise ValueError(
                 f"run: expected a finished or interrupted run with model/, got {str(self.path)!r}; continue it with "
@@ -206,59 +196,6 @@ def new_run_folder(config: TrainConfig) -> Path:
     return path
 
 
-def export_model(run: RunFolder, local: LocalModel, tokenizer: Tokenizer) -> None:
-    """Write `model/`: what `transformers` loads, the tokenizer, the exits' own norms and the rule's state.
-
-    Args:
-        run: its configuration says which model it began with.
-        local: the model.
-        tokenizer: what a preset learned from the text; any other model passes its own on, special tokens and chat
-            template included.
-    """
-    temporary, old = run.path / ".model", run.path / ".model-old"
-    shutil.rmtree(temporary, ignore_errors=True)
-    if old.exists() and not run.model.exists():
-        # What a kill between the two renames below left.
-        old.rename(run.model)
-    save: Any = local.model
-    with without_progress_bars():
-        save.save_pretrained(temporary)
-    source = run.read_config().model
-    if source in PRESETS:
-        as_pretrained(tokenizer).save_pretrained(temporary)
-    else:
-        copy_pretrained(resolve_name(source), temporary)
-    save_file(_exit_tensors(local), temporary / "exits.safetensors")
-    shutil.rmtree(old, ignore_errors=True)
-    if run.model.exists():
-        run.model.rename(old)
-    temporary.rename(run.model)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def load_run(path: Path, *, device: torch.device) -> tuple[LocalModel, Tokenizer]:
-    """The model that a run ended with, its exits attached, and its tokenizer.
-
-    Raises:
-        ValueError: not the folder of a run, or one that has not written its model yet.
-    """
-    run = RunFolder(path=path)
-    config = run.read_config()
-    run.check_has_model()
-    local = attach_exits(load_pretrained(str(run.model)), config, device=device)
-    try:
-        tensors = load_file(run.model / "exits.safetensors", device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"run: {run.model / 'exits.safetensors'} cannot be read ({error}); it is damaged") from error
-    own = _exit_tensors(local)
-    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in tensors.items()}:
-        raise ValueError(f"run: {run.model / 'exits.safetensors'} does not fit config.json; one of them is damaged")
-    local.exit_norms.load_state_dict(_below("exit_norms.", tensors))
-    local.feedback.load_state_dict(_below("feedback.", tensors))
-    tokenizer, _ = load_tokenizer(str(run.model))
-    return local.eval(), tokenizer
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages a result depends on."""
     found = {"python": platform.python_version()}
@@ -268,13 +205,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def device_name(device: torch.device) -> str:
-    """The device for people: `cuda (NVIDIA H100)`, `cpu (2 threads)`."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
 
 
 def _lock(descriptor: int) -> bool:
@@ -291,19 +221,6 @@ def _lock(descriptor: int) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
     return True
-
-
-def _exit_tensors(local: LocalModel) -> dict[str, torch.Tensor]:
-    parts = {"exit_norms": local.exit_norms, "feedback": local.feedback}
-    return {
-        f"{part}.{name}": tensor.detach().cpu().contiguous()
-        for part, module in parts.items()
-        for name, tensor in module.state_dict().items()
-    }
-
-
-def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -4,40 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from localexit import _checks
 from localexit.local import LocalModel
 from localexit.local.trace import eval_mode
 from localexit.train.models import longest_context, model_config
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a token is chosen from the logits.
-
-    Attributes:
-        max_new_tokens: most tokens to add.
-        temperature: what logits are divided by; 0 takes the most likely token.
-        top_k: choose among the k most likely; None among all.
-        seed: of the choice.
-    """
-
-    max_new_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int | None = 50
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _checks.count("max_new_tokens", self.max_new_tokens, minimum=0)
-        _checks.non_negative("temperature", self.temperature)
-        _checks.count("seed", self.seed, minimum=0)
-        if self.top_k is not None:
-            _checks.count("top_k", self.top_k, minimum=1)
+from localexit.train.sampling import Sampling
 
 
 def generate(

@@ -13,16 +13,21 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
+from localexit.local.units import exit_blocks
 from localexit.train.batches import BatchSampler
 from localexit.train.checkpoint import load_newest, save_checkpoint
-from localexit.train.config import TrainConfig
+from localexit.train.config import TrainConfig, exit_indices
 from localexit.train.data import RunData, load_data
-from localexit.train.devices import resolve_device, resolve_precision
+from localexit.train.devices import device_name, resolve_device, resolve_precision
 from localexit.train.evaluate import validate
-from localexit.train.folder import RunFolder, export_model, versions
-from localexit.train.generate import Sampling, sample_text
+from localexit.train.export import export_model
+from localexit.train.folder import RunFolder, versions
+from localexit.train.generate import sample_text
 from localexit.train.logs import Board, Display, MetricsLog, drop_after
-from localexit.train.models import attach_exits, build_model, resolve_name
+from localexit.train.models import attach_exits, build_model, model_config
+from localexit.train.preflight import check_start
+from localexit.train.presets import PRESETS
+from localexit.train.sampling import Sampling
 from localexit.train.stop import StopRequest
 from localexit.train.trainer import NonFiniteError, RunFailedError, Trainer
 
@@ -86,11 +91,8 @@ def train(
     """
     console = console or Console()
     folder = RunFolder(path=run_dir)
-    if resume:
-        check_same_config(folder.read_config(), config)
-    else:
-        folder.check_new()
-    resolve_name(config.model)
+    check_start(config, folder, resume=resume)
+    _check_fits_preset(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
@@ -110,23 +112,22 @@ def train(
         raise RunFailedError(f"run {run_dir}: {error}; the last checkpoint is whole, continue with --resume") from error
 
 
-def check_same_config(mine: TrainConfig, theirs: TrainConfig) -> None:
-    """Refuse to continue a run with another configuration.
-
-    Raises:
-        ValueError: fields differ.
-    """
-    differences = mine.differences(theirs)
-    if differences:
-        raise ValueError(
-            f"resume: expected the configuration of the run, but {'; '.join(differences)}; leave these options out, or "
-            f"start a new run"
-        )
+def _check_fits_preset(config: TrainConfig) -> None:
+    """Refuse exits and options of a rule that the preset has no room for, before minutes go into reading the text."""
+    if config.model in PRESETS:
+        preset = PRESETS[config.model]
+        exit_blocks(exit_indices(config.exits), preset.num_blocks)
+        config.feedback.build(hidden_size=preset.hidden_size, vocab_size=1, seed=config.seed)
 
 
 def _write_folder(folder: RunFolder, trainer: Trainer, data: RunData) -> None:
     try:
-        folder.write(trainer.config, data.record, trainer.local, trainer.device)
+        folder.write(
+            trainer.config,
+            data.record,
+            model=model_config(trainer.local).to_dict(),
+            device=device_name(trainer.device),
+        )
     except OSError as error:
         raise ValueError(f"run: expected a folder that can be written, got {str(folder.path)!r}: {error}") from error
 

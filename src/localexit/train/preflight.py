@@ -1,0 +1,37 @@
+"""What of a run can be refused before torch is imported and anything is read: the command answers at once."""
+
+from __future__ import annotations
+
+from localexit.train.config import TrainConfig
+from localexit.train.corpus import check_source
+from localexit.train.folder import RunFolder
+from localexit.train.presets import resolve_name
+
+
+def check_start(config: TrainConfig, folder: RunFolder, *, resume: bool) -> None:
+    """Refuse a run whose folder, model's name or text's path is wrong.
+
+    Raises:
+        ValueError: one of them is, or the folder's run has another configuration.
+        FileNotFoundError: there is no such text.
+    """
+    if resume:
+        check_same_config(folder.read_config(), config)
+    else:
+        folder.check_new()
+    resolve_name(config.model)
+    check_source(config.data)
+
+
+def check_same_config(mine: TrainConfig, theirs: TrainConfig) -> None:
+    """Refuse to continue a run with another configuration.
+
+    Raises:
+        ValueError: fields differ.
+    """
+    differences = mine.differences(theirs)
+    if differences:
+        raise ValueError(
+            f"resume: expected the configuration of the run, but {'; '.join(differences)}; leave these options out, or "
+            f"start a new run"
+        )
