@@ -172,3 +172,11 @@ def test_tied_weights_are_saved_once_and_restored() -> None:
 def test_a_snapshot_of_another_model_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="checkpoint step-0 does not fit this run"):
         make_trainer(**change).restore(make_trainer().snapshot())
+
+
+def test_the_size_of_the_unembedding_is_an_option_and_changes_nothing_else() -> None:
+    plain, large = make_trainer().local.model, make_trainer(unembedding_std=0.08).local.model
+    for (name, ours), (_, theirs) in zip(large.named_parameters(), plain.named_parameters(), strict=True):
+        factor = 4.0 if name == "lm_head.weight" else 1.0
+        torch.testing.assert_close(ours, factor * theirs, msg=name)
+    assert float(plain.lm_head.weight.detach().std()) == pytest.approx(0.02, rel=0.05)

@@ -16,7 +16,7 @@ from localexit.local.model import LocalModel
 from localexit.local.steps import LossSettings
 from localexit.local.units import exit_blocks, make_units
 
-BACKWARD_MODES = ("deferred", "stream")
+BACKWARD_MODES = ("deferred", "stream", "joint", "direct")
 
 
 def attach(
@@ -57,7 +57,9 @@ def attach(
             "shared" (the model's own, trained by all), "copy" (a copy each), "none", or a module.
         backward: "deferred": the loss has its graph, and any outer backward trains the model; until then every unit's
             activations and every exit's [V, D] gradient of the unembedding are kept. "stream": gradients are made
-            during the forward, one unit's activations live at a time, and all exits share one such gradient.
+            during the forward, one unit's activations live at a time, and all exits share one such gradient. Two
+            controls that are not local, their gradients made in the forward too: "joint", end-to-end backprop from all
+            exits, and "direct", direct feedback alignment from the last exit; see `localexit.local.controls`.
         exit_weights: what each exit's loss counts in the sum, positive; 1 each by default.
         example: token ids [B, T], or a dict with the inputs of one forward, where random ids would not do.
         seed: seed of the rule when given by name, and of the random tokens.

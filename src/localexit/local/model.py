@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localexit.local.controls import DirectStep, JointStep
 from localexit.local.discover import Anatomy
 from localexit.local.exits import Exit
 from localexit.local.hooks import BlockHooks
@@ -76,6 +77,8 @@ class TrainingInputs:
         )
 
 
+_STEPS: dict[str, type[StreamStep]] = {"stream": StreamStep, "joint": JointStep, "direct": DirectStep}
+
 # So many training forwards without update() are a forgotten call, not gradient accumulation.
 _FORWARDS_WITHOUT_UPDATE = 512
 
@@ -95,7 +98,8 @@ class LocalModel(nn.Module):
         feedback: the rule that all exits share.
         units: what learns together, first to last; unit i ends in exit i.
         exits: the exits, first to last.
-        backward_mode: "deferred" or "stream".
+        blocks: the model's blocks, first to last.
+        backward_mode: "deferred" or "stream"; "joint" or "direct" for the controls that are not local.
         rows_since_update: tokens of the optimiser step so far; part of what a forward's draws depend on.
     """
 
@@ -120,6 +124,7 @@ class LocalModel(nn.Module):
         self.exits = exits
         self.backward_mode = backward_mode
         self.exit_weights = (1.0,) * len(exits) if exit_weights is None else exit_weights
+        self.blocks = anatomy.blocks
         self._shared = shared
         self._settings = settings
         self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
@@ -325,8 +330,8 @@ class LocalModel(nn.Module):
         token_weight = None if inputs.token_weight is None else shifted_weight(inputs.token_weight, inputs.labels)
         first_row = self._count_rows(target)
         last_exit = self.num_exits - 1
-        if self.backward_mode == "stream":
-            return StreamStep(
+        if self.backward_mode != "deferred":
+            return _STEPS[self.backward_mode](
                 settings=self._settings,
                 last_exit=last_exit,
                 target=target,
@@ -360,7 +365,7 @@ class LocalModel(nn.Module):
         return first_row
 
     def _refuse_unsupported(self, inputs: TrainingInputs) -> None:
-        if inputs.loss_scale is not None and self.backward_mode != "stream":
+        if inputs.loss_scale is not None and self.backward_mode == "deferred":
             raise ValueError(
                 "loss_scale is for backward='stream'; with 'deferred' the loss has its graph: multiply it "
                 "before backward()"

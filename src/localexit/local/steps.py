@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from localexit import _checks
-from localexit.exits.functional import exit_cross_entropy, exit_step
+from localexit.exits.functional import ExitStep, exit_cross_entropy, exit_step
 from localexit.feedback.base import Feedback, accumulate_dtype
 from localexit.local.exits import Exit, Readout
 
@@ -158,6 +158,13 @@ class StreamStep(TrainingStep):
     def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
         """Loss, dW and feedback of the exit, then the backward of its unit."""
         normed = self.normed(exit_, hidden)
+        result = self.exit_step(exit_, normed)
+        self.losses.append(result.loss)
+        if result.feedback is not None:
+            self._backward(normed, result.feedback)
+
+    def exit_step(self, exit_: Exit, normed: Tensor, *, is_trained: bool = True) -> ExitStep:
+        """The exit's loss, unweighted; its dW, added to the sum; its feedback. Not trained, only the loss."""
         settings, readout = self.settings, self.settings.readout
         factor = self.weights[exit_.index] * self.loss_scale
         bias = readout.bias()
@@ -173,15 +180,13 @@ class StreamStep(TrainingStep):
             label_smoothing=settings.label_smoothing,
             z_loss=settings.z_loss,
             softcap=readout.softcap,
-            grad_weight=self.weight_grad.total,
-            grad_bias=self.bias_grad.total,
+            grad_weight=self.weight_grad.total if is_trained else None,
+            grad_bias=self.bias_grad.total if is_trained else None,
             exit_index=exit_.index,
             first_row=self.first_row,
-            need_feedback=normed.requires_grad,
+            need_feedback=is_trained and normed.requires_grad,
         )
-        self.losses.append(result.loss / factor)
-        if result.feedback is not None:
-            self._backward(normed, result.feedback)
+        return replace(result, loss=result.loss / factor)
 
     def output(self) -> LocalOutput:
         """Add dW to the parameters' gradients; the loss is for reading only."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from localexit.feedback import Feedback
 
 ExitNorm = Literal["shared", "copy", "none"]
-Backward = Literal["stream", "deferred"]
+Backward = Literal["stream", "deferred", "joint", "direct"]
 Decay = Literal["linear", "cosine"]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -85,12 +85,14 @@ class TrainConfig:
 
     Attributes:
         data: text to train on: stdlib, docstrings, a file or folder, or hf:NAME.
-        model: a preset (tiny, demo, small, medium), a local folder, or a hub name OWNER/NAME.
+        model: a preset (tiny, mini, demo, small, medium), a local folder, or a hub name OWNER/NAME.
         vocab_size: tokens in the vocabulary learned from the text; the preset's own by default.
         feedback: the rule, alone or with options of its own.
         exits: which blocks have one: every, every:K, or indices such as 1,3,5; the last block always has.
         exit_norm: the norm at early exits: the model's own (shared), a copy each, or none.
-        backward: stream (memory flat in depth) or deferred (ordinary backward after the forward).
+        backward: stream (memory flat in depth) or deferred (ordinary backward after the forward); joint and direct are
+            controls that are not local: end-to-end backprop from all exits, direct feedback alignment.
+        unembedding_std: standard deviation of a preset's unembedding before training.
         train_blocks: off trains the unembedding and the exit norm only, the control for what blocks learn.
         steps: optimiser steps.
         batch_size: context windows a micro-batch.
@@ -125,6 +127,7 @@ class TrainConfig:
     exits: str = "every"
     exit_norm: ExitNorm = "shared"
     backward: Backward = "stream"
+    unembedding_std: float = 0.02
     train_blocks: bool = True
     steps: int = 1000
     batch_size: int = 8
@@ -176,7 +179,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
-        _values.non_negative("weight_decay", self.weight_decay)
+        for name in ("weight_decay", "unembedding_std"):
+            _values.non_negative(name, getattr(self, name))
         _values.fraction("final_lr", self.final_lr)
         if len(self.betas) != 2 or not all(isinstance(beta, Real) and 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")

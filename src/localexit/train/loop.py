@@ -101,7 +101,7 @@ def train(
     data = load_data(config, cache_dir=cache_dir)
     if resume:
         folder.check_corpus(data.record)
-    trainer = _make_trainer(config, data, device=device, precision=precision)
+    trainer = make_trainer(config, data, device=device, precision=precision)
     if not resume:
         _write_folder(folder, trainer, data)
     try:
@@ -132,7 +132,8 @@ def _write_folder(folder: RunFolder, trainer: Trainer, data: RunData) -> None:
         raise ValueError(f"run: expected a folder that can be written, got {str(folder.path)!r}: {error}") from error
 
 
-def _make_trainer(config: TrainConfig, data: RunData, *, device: torch.device, precision: torch.dtype) -> Trainer:
+def make_trainer(config: TrainConfig, data: RunData, *, device: torch.device, precision: torch.dtype) -> Trainer:
+    """Model, exits, rule and batches of a configuration, before the first step."""
     vocab_size = data.tokenizer.get_vocab_size()
     model = build_model(config, vocab_size=vocab_size, end_of_text_id=data.end_of_text_id)
     torch.manual_seed(config.seed)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+# Of all matrices of a preset but the unembedding, whose size is the configuration's.
+INITIAL_STD = 0.02
+
+
 def build_model(config: TrainConfig, *, vocab_size: int, end_of_text_id: int) -> Any:
     """The model of a configuration, in fp32 on the CPU.
 
@@ -159,7 +163,7 @@ def _from_preset(preset: Preset, config: TrainConfig, *, vocab_size: int, end_of
         num_attention_heads=preset.num_heads,
         num_key_value_heads=preset.num_heads,
         max_position_embeddings=config.context,
-        initializer_range=0.02,
+        initializer_range=INITIAL_STD,
         tie_word_embeddings=False,
         bos_token_id=end_of_text_id,
         eos_token_id=end_of_text_id,
@@ -167,7 +171,11 @@ def _from_preset(preset: Preset, config: TrainConfig, *, vocab_size: int, end_of
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return LlamaForCausalLM(architecture)
+        model = LlamaForCausalLM(architecture)
+    with torch.no_grad():
+        # Scaled, not drawn anew: another size of W changes nothing else.
+        model.get_output_embeddings().weight.mul_(config.unembedding_std / INITIAL_STD)
+    return model
 
 
 def _cannot_load(name: str, what: str, error: Exception) -> ValueError:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Shape of a Llama-type decoder with random weights (sd 0.02) and an unembedding of its own.
+    """Shape of a Llama-type decoder with random weights and an unembedding of its own.
 
     Attributes:
         num_blocks, hidden_size, num_heads: of the decoder; its MLP is 8/3 as wide as the hidden.
@@ -24,6 +24,7 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(num_blocks=2, hidden_size=64, num_heads=2, vocab_size=512),
+    "mini": Preset(num_blocks=3, hidden_size=128, num_heads=4, vocab_size=2048),
     "demo": Preset(num_blocks=4, hidden_size=192, num_heads=6, vocab_size=2048),
     "small": Preset(num_blocks=6, hidden_size=512, num_heads=8, vocab_size=16384),
     "medium": Preset(num_blocks=12, hidden_size=768, num_heads=12, vocab_size=32768),

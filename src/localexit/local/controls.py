@@ -1,0 +1,65 @@
+"""Training that is *not* local, on the same model, exits and loss: what local training is compared with.
+
+"joint" is end-to-end backprop through the exits' losses. With weight transport as the rule it is exact: what autograd
+would compute from the sum of the losses. A model with one exit needs none of this: its one unit is the whole model.
+
+"direct" is direct feedback alignment (Nøkland 2016; for transformers Launay et al. 2020): only the last exit has a
+loss, and its error reaches every unit at once through the rule's fixed random codes. Launay et al. draw a matrix for
+each block; here one matrix serves all, because all blocks write to one residual stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from localexit.local.exits import Exit
+from localexit.local.steps import LocalOutput, StreamStep
+
+
+@dataclass(kw_only=True)
+class _AtTheEnd(StreamStep):
+    """Losses and dW at the exits, the blocks' backward after the last one: activations are kept until then."""
+
+    normed_hiddens: list[Tensor] = field(default_factory=list)
+    feedbacks: list[Tensor] = field(default_factory=list)
+
+    def output(self) -> LocalOutput:
+        """Carry the feedback back, all of it in one backward, then as in "stream"."""
+        if self.feedbacks:
+            with torch.autocast(self.feedbacks[0].device.type, enabled=False):
+                torch.autograd.backward(self.normed_hiddens, self.feedbacks)
+        return super().output()
+
+
+@dataclass(kw_only=True)
+class JointStep(_AtTheEnd):
+    """End-to-end backprop from all exits: nothing is detached between the blocks."""
+
+    # Training to everybody but the hooks, which keep the graphs of units apart.
+    is_training: bool = False
+
+    def _backward(self, normed: Tensor, feedback: Tensor) -> None:
+        self.normed_hiddens.append(normed)
+        self.feedbacks.append(feedback)
+
+
+@dataclass(kw_only=True)
+class DirectStep(_AtTheEnd):
+    """Direct feedback alignment: what the last exit feeds back goes to every unit; the other exits only measure."""
+
+    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+        """Keep the hidden; at the last exit compute the loss, dW and the feedback of all."""
+        if exit_.index == self.last_exit:
+            super().at_exit(exit_, hidden)
+            return
+        normed = self.normed(exit_, hidden)
+        self.losses.append(self.exit_step(exit_, normed, is_trained=False).loss)
+        if normed.requires_grad:
+            self.normed_hiddens.append(normed)
+
+    def _backward(self, normed: Tensor, feedback: Tensor) -> None:
+        self.normed_hiddens.append(normed)
+        self.feedbacks = [feedback] * len(self.normed_hiddens)
