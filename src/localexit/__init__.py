@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from localexit.exits import (
+        DataParallel,
         DenseRandomCompressor,
         ExactParallelExitHead,
         ExitHead,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DataParallel",
     "Dense",
     "DenseRandomCompressor",
     "ExactParallel",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -243,3 +244,17 @@ def accumulator(name: str, total: Any, shape: Sequence[int], dtype: torch.dtype,
         got = f"{list(total.shape)} {total.dtype}" if isinstance(total, Tensor) else type(total).__name__
         raise ValueError(f"{name} must be a {list(shape)} tensor of {dtype} to sum in, got {got}")
     _same_device(name, total, weight, of="linear_weight")
+
+
+def process_group(name: str, group: Any) -> None:
+    """A process group that this process is in; None is the default group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            f"{name}: expected an initialised torch.distributed, got none; start the script with torchrun and call "
+            f"torch.distributed.init_process_group() first"
+        )
+    is_outside = group == dist.GroupMember.NON_GROUP_MEMBER
+    if not (group is None or is_outside or isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    if is_outside or dist.get_rank(group) < 0:
+        raise ValueError(f"{name}: this process (rank {dist.get_rank()}) is not in the group; pass one that it is in")

@@ -555,6 +555,8 @@ def loss_arguments(name: str, **changes: Any) -> tuple[Any, ...]:
         "state": rule.state(weight),
         "uniforms": token_uniforms(*draws, torch.arange(NUM_TOKENS), rule.num_draws) if rule.num_draws else None,
         "anchor_rows": choose_rows(*draws, is_counted, rule.num_anchors) if rule.num_anchors else None,
+        "anchor_hidden": None,
+        "anchor_is_counted": None,
         "rule": rule.spec(),
         "compute_dtype": hidden.dtype,
         "ignore_index": -100,
@@ -574,6 +576,11 @@ def loss_arguments(name: str, **changes: Any) -> tuple[Any, ...]:
     return tuple((arguments | changes).values())
 
 
+def foreign_anchors(num: int = 5) -> dict[str, Any]:
+    """Anchors that are not tokens of the call."""
+    return {"anchor_rows": None, "anchor_hidden": torch.randn(num, WIDTH), "anchor_is_counted": torch.arange(num) < 4}
+
+
 def with_bias() -> dict[str, Any]:
     return {"bias": torch.zeros(VOCAB, requires_grad=True), "need_bias": True}
 
@@ -589,6 +596,7 @@ class TestOpcheck:
             ("hybrid", {"row_weight": torch.full((NUM_TOKENS,), 0.1, requires_grad=True)}),
             ("parallel", {"softcap": 5.0, "z_loss": 1e-2, **with_bias()}),
             ("anchors", {"is_summed": False}),
+            ("anchors", {"is_summed": False, **foreign_anchors()}),
             ("mirror", {"dtype": torch.bfloat16, "compute_dtype": torch.bfloat16, "need_stats": True}),
             ("mirror_sampled", {"is_summed": False, "need_stats": True, "label_smoothing": 0.1}),
             ("transport", {"chunk_bytes": 5 * 4 * VOCAB}),

@@ -9,8 +9,10 @@ from localexit.exits.heads import (
     HybridTopKTailSketchCompressor,
     orthonormal_columns,
 )
+from localexit.exits.ranks import DataParallel
 
 __all__ = [
+    "DataParallel",
     "DenseRandomCompressor",
     "ExactParallelExitHead",
     "ExitHead",

@@ -46,7 +46,8 @@ class ExitCall(LossCall):
     Attributes:
         rule: the feedback rule.
         uniforms: fp32 [N, m], the rule's draws, or None.
-        anchor_rows: int64 [M], the rule's anchors, or None.
+        anchor_rows: int64 [M], the rule's anchors among these tokens, or None.
+        anchor_hidden, anchor_is_counted: [M, D] and bool [M], anchors that are not all of these tokens, or None.
         chunk_bytes: size of the chunk buffer in bytes.
         need_hidden, need_weight, need_bias: what to compute besides the loss.
         need_stats: also arg-max and entropy.
@@ -57,6 +58,8 @@ class ExitCall(LossCall):
     rule: Feedback
     uniforms: Tensor | None = None
     anchor_rows: Tensor | None = None
+    anchor_hidden: Tensor | None = None
+    anchor_is_counted: Tensor | None = None
     chunk_bytes: int | None = None
     need_hidden: bool = True
     need_weight: bool = True
@@ -297,7 +300,11 @@ class _Loop:
 
     def _prepare(self, logits: Tensor) -> tuple[Tensor, ...]:
         """What the rule makes once a call, from anchors measured before the error takes the logits' place."""
-        rows = self.call.anchor_rows
+        rows, given = self.call.anchor_rows, self.call.anchor_hidden
+        if given is not None:
+            assert self.call.anchor_is_counted is not None, "it belongs to anchor_hidden"
+            anchors = measure(given.to(self.call.compute_dtype), self.weight, self.call.anchor_is_counted)
+            return self.call.rule.prepare(anchors, self.value_dtype)
         if rows is None:
             return self.call.rule.prepare(None, self.value_dtype)
         hidden, is_counted = self._clean_hidden(rows), self.is_counted[rows]

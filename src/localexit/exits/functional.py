@@ -13,9 +13,10 @@ from localexit.exits.backends import Backend, choose_backend, stages_of
 from localexit.exits.chunked import ExitCall, ExitResult, measure, run_exit
 from localexit.exits.loss import LossOptions
 from localexit.exits.operators import exit_loss
+from localexit.exits.ranks import DataParallel, choose_among_ranks
 from localexit.exits.tiled import add_tiled_grads
 from localexit.feedback.base import Feedback, accumulate_dtype
-from localexit.feedback.draws import choose_rows, token_uniforms
+from localexit.feedback.draws import choice_keys, choose_rows, token_uniforms
 from localexit.feedback.registry import from_spec
 from localexit.feedback.rows import WeightMirror
 
@@ -91,6 +92,7 @@ def exit_cross_entropy(
     first_row: int = 0,
     preset: Preset = "fast",
     chunk_bytes: int | None = None,
+    data_parallel: DataParallel | None = None,
 ) -> Tensor: ...
 
 
@@ -115,6 +117,7 @@ def exit_cross_entropy(
     first_row: int = 0,
     preset: Preset = "fast",
     chunk_bytes: int | None = None,
+    data_parallel: DataParallel | None = None,
 ) -> tuple[Tensor, ExitStats]: ...
 
 
@@ -138,6 +141,7 @@ def exit_cross_entropy(
     first_row: int = 0,
     preset: Preset = "fast",
     chunk_bytes: int | None = None,
+    data_parallel: DataParallel | None = None,
 ) -> Tensor | tuple[Tensor, ExitStats]:
     """Cross-entropy of `input @ linear_weight.T` against target, without the [N, V] logits, with surrogate feedback.
 
@@ -172,7 +176,7 @@ def exit_cross_entropy(
         label_smoothing: in [0, 1).
         z_loss: weight of the squared log-sum-exp, at least 0.
         softcap: soft cap of the logits, positive, or None.
-        num_items: divisor for "mean", e.g. the number of tokens of all micro-batches together.
+        num_items: divisor for "mean", e.g. the number of tokens of all micro-batches (and ranks) together.
         backend: "auto" chooses and says so in the stats; a named backend runs or raises.
         return_stats: also return `ExitStats`.
         exit_index: which exit of the model this is: exits draw independently.
@@ -183,6 +187,9 @@ def exit_cross_entropy(
             and next to the gradients themselves no memory that grows with V·D.
         chunk_bytes: size of the buffer for a chunk of logits; by default 64 MiB on the CPU and on a GPU 512 MiB, or
             4 GiB with the Triton kernels, for which one chunk is best; at most 128 MiB in the memory preset.
+        data_parallel: the ranks that share the batch; every one makes this call, with its own tokens. Tokens are
+            chosen among those of all ranks, and "mean" divides by the tokens of all ranks over the number of ranks:
+            the mean over ranks of loss and gradients is that of the whole batch. Give each rank its `first_row`.
 
     Returns:
         The loss in fp32 (fp64 for fp64 input), 0-dim or target's shape; with return_stats `(loss, stats)`. All tokens
@@ -210,13 +217,14 @@ def exit_cross_entropy(
         first_row=first_row,
         preset=preset,
         chunk_bytes=chunk_bytes,
+        data_parallel=data_parallel,
         need_hidden=_needs_grad(input),
         need_weight=_needs_grad(linear_weight),
         need_bias=_needs_grad(linear_bias),
         need_stats=bool(return_stats),
     )
     if torch.is_grad_enabled() and feedback.training:
-        _collect_pairs(feedback, call, exit_index, first_row)
+        _collect_pairs(feedback, call, exit_index, first_row, data_parallel)
     loss, _, lse, log_prob, argmax, entropy, is_bad, *_ = exit_loss(
         call.hidden,
         call.weight,
@@ -226,6 +234,8 @@ def exit_cross_entropy(
         feedback.state(linear_weight),
         call.uniforms,
         call.anchor_rows,
+        call.anchor_hidden,
+        call.anchor_is_counted,
         feedback.spec(),
         call.compute_dtype,
         call.options.ignore_index,
@@ -269,6 +279,7 @@ def exit_step(
     first_row: int = 0,
     preset: Preset = "fast",
     chunk_bytes: int | None = None,
+    data_parallel: DataParallel | None = None,
     need_feedback: bool = True,
 ) -> ExitStep:
     """One exit without autograd: adds dW where it belongs, returns the loss and the feedback.
@@ -277,9 +288,9 @@ def exit_step(
 
     Args:
         input, linear_weight, target, feedback, linear_bias, token_weight, reduction, ignore_index, label_smoothing,
-            z_loss, softcap, num_items, backend, return_stats, exit_index, first_row, preset, chunk_bytes: see
-            `exit_cross_entropy`; a loss scale goes into `token_weight`. reduction "none" is not for a function
-            without a backward.
+            z_loss, softcap, num_items, backend, return_stats, exit_index, first_row, preset, chunk_bytes,
+            data_parallel: see `exit_cross_entropy`; a loss scale goes into `token_weight`. reduction "none" is not for
+            a function without a backward.
         grad_weight: [V, D] in fp32 (fp64 for fp64 products), dW is added to it in place; None skips dW. For fp32
             weights `linear_weight.grad` may be passed itself.
         grad_bias: [V], likewise for db.
@@ -305,6 +316,7 @@ def exit_step(
             first_row=first_row,
             preset=preset,
             chunk_bytes=chunk_bytes,
+            data_parallel=data_parallel,
             need_hidden=need_feedback,
             need_weight=grad_weight is not None,
             need_bias=grad_bias is not None,
@@ -316,7 +328,7 @@ def exit_step(
         _checks.accumulator("grad_weight", grad_weight, linear_weight.shape, dtype, linear_weight)
         _checks.accumulator("grad_bias", grad_bias, linear_weight.shape[:1], dtype, linear_weight)
         if feedback.training:
-            _collect_pairs(feedback, call, exit_index, first_row)
+            _collect_pairs(feedback, call, exit_index, first_row, data_parallel)
         with torch.autocast(input.device.type, enabled=False):
             result = _run_preset(call, grad_weight, grad_bias)
         return _exit_step(call, result, input, target)
@@ -364,6 +376,7 @@ def _build_call(
     first_row: int,
     preset: Preset,
     chunk_bytes: int | None,
+    data_parallel: DataParallel | None,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -379,10 +392,12 @@ def _build_call(
     compute_dtype = product_dtype(input, weight)
     flat_target = target.reshape(-1)
     is_counted = flat_target != options.ignore_index
-    row_weight = _row_weight(is_counted, token_weight, reduction, num_items, accumulate_dtype(compute_dtype))
+    if reduction == "mean":
+        num_items = _divisor(is_counted, num_items, data_parallel)
+    row_weight = _row_weight(is_counted, token_weight, num_items, accumulate_dtype(compute_dtype))
     rows = torch.arange(flat_target.shape[0], device=input.device) + first_row
     draws = (feedback.seed, feedback.step, exit_index)
-    return ExitCall(
+    call = ExitCall(
         hidden=input.reshape(-1, input.shape[-1]),
         weight=weight,
         bias=bias,
@@ -391,7 +406,6 @@ def _build_call(
         compute_dtype=compute_dtype,
         rule=feedback,
         uniforms=token_uniforms(*draws, rows, feedback.num_draws) if feedback.num_draws else None,
-        anchor_rows=choose_rows(*draws, is_counted, feedback.num_anchors, first_row) if feedback.num_anchors else None,
         options=options,
         chunk_bytes=chunk_bytes,
         need_hidden=need_hidden,
@@ -403,6 +417,13 @@ def _build_call(
         ),
         preset=preset,
     )
+    if not feedback.num_anchors:
+        return call
+    if data_parallel is None:
+        return replace(call, anchor_rows=choose_rows(*draws, is_counted, feedback.num_anchors, first_row))
+    keys = choice_keys(*draws, is_counted, first_row)
+    anchors = choose_among_ranks(call.hidden.detach(), keys, feedback.num_anchors, data_parallel)
+    return replace(call, anchor_hidden=anchors.hidden, anchor_is_counted=anchors.is_counted)
 
 
 def product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
@@ -413,34 +434,41 @@ def product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(input.dtype, weight.dtype)
 
 
+def _divisor(
+    is_counted: Tensor, num_items: int | float | Tensor | None, data_parallel: DataParallel | None
+) -> int | float | Tensor:
+    """What "mean" divides this rank's sum by."""
+    if data_parallel is None:
+        return is_counted.sum().clamp_min(1) if num_items is None else num_items
+    if num_items is None:
+        num_items = data_parallel.total(is_counted.sum()).clamp_min(1)
+    return num_items / data_parallel.size
+
+
 def _row_weight(
-    is_counted: Tensor,
-    token_weight: Tensor | None,
-    reduction: Reduction,
-    num_items: int | float | Tensor | None,
-    dtype: torch.dtype,
+    is_counted: Tensor, token_weight: Tensor | None, divisor: int | float | Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """What each row's loss is multiplied by: its weight over the normaliser; [N]."""
+    """What each row's loss is multiplied by: its weight over the divisor, if any; [N]."""
     if token_weight is None:
         row_weight = torch.ones_like(is_counted, dtype=dtype)
     else:
         row_weight = token_weight.reshape(-1).to(dtype)
-    if reduction != "mean":
-        return row_weight
-    return row_weight / (is_counted.sum().clamp_min(1) if num_items is None else num_items)
+    return row_weight if divisor is None else row_weight / divisor
 
 
 @torch.no_grad()
-def _collect_pairs(feedback: Feedback, call: ExitCall, exit_index: int, first_row: int) -> None:
+def _collect_pairs(
+    feedback: Feedback, call: ExitCall, exit_index: int, first_row: int, data_parallel: DataParallel | None
+) -> None:
     """Hand a mirror forward pairs of this exit; it learns from them in its `update()`."""
     if not isinstance(feedback, WeightMirror):
         return
     is_counted = call.target != call.options.ignore_index
-    rows = choose_rows(feedback.seed, feedback.step, exit_index, is_counted, feedback.num_pairs, first_row)
-    hidden = torch.where(is_counted[rows, None], call.hidden[rows], 0).to(call.weight.dtype)
+    keys = choice_keys(feedback.seed, feedback.step, exit_index, is_counted, first_row)
+    chosen = choose_among_ranks(call.hidden, keys, feedback.num_pairs, data_parallel)
     # Measured in the weight's own dtype: autocast would round what the mirror is to learn.
-    with torch.autocast(hidden.device.type, enabled=False):
-        feedback.collect(exit_index, measure(hidden, call.weight, is_counted[rows]))
+    with torch.autocast(call.hidden.device.type, enabled=False):
+        feedback.collect(exit_index, measure(chosen.hidden.to(call.weight.dtype), call.weight, chosen.is_counted))
 
 
 def _exit_step(call: ExitCall, result: ExitResult, input: Tensor, target: Tensor) -> ExitStep:
@@ -474,8 +502,14 @@ def _stats(
         is_correct=((argmax == call.target) & is_counted).reshape(shape),
         entropy=entropy.reshape(shape),
         num_tokens=num_tokens,
-        num_anchors=num_tokens.clamp_max(call.rule.num_anchors),
+        num_anchors=_num_anchors(call, num_tokens),
         bad_target=is_bad.any(),
         feedback=call.rule.name,
         backend=call.backend,
     )
+
+
+def _num_anchors(call: ExitCall, num_tokens: Tensor) -> Tensor:
+    if call.anchor_is_counted is not None:
+        return call.anchor_is_counted.sum()
+    return num_tokens.clamp_max(call.rule.num_anchors)

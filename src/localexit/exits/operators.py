@@ -19,6 +19,8 @@ from localexit.exits.tiled import add_tiled_grads
 from localexit.feedback.base import accumulate_dtype
 from localexit.feedback.registry import from_spec
 
+# Uniforms, and anchors in two forms: what of a call's arguments was drawn for it.
+_NUM_DRAWS = 4
 # loss, row_loss, lse, log_prob, argmax, entropy, is_bad, feedback, weight_grad, bias_grad
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -33,6 +35,8 @@ def exit_loss(
     state: list[Tensor],
     uniforms: Tensor | None,
     anchor_rows: Tensor | None,
+    anchor_hidden: Tensor | None,
+    anchor_is_counted: Tensor | None,
     rule: str,
     compute_dtype: torch.dtype,
     ignore_index: int,
@@ -69,6 +73,8 @@ def exit_loss(
         rule=from_spec(rule, state),
         uniforms=uniforms,
         anchor_rows=anchor_rows,
+        anchor_hidden=anchor_hidden,
+        anchor_is_counted=anchor_is_counted,
         options=LossOptions(ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap),
         chunk_bytes=chunk_bytes,
         need_hidden=need_hidden and is_summed,
@@ -114,6 +120,8 @@ def _exit_loss_fake(
     state: list[Tensor],
     uniforms: Tensor | None,
     anchor_rows: Tensor | None,
+    anchor_hidden: Tensor | None,
+    anchor_is_counted: Tensor | None,
     rule: str,
     compute_dtype: torch.dtype,
     ignore_index: int,
@@ -278,7 +286,8 @@ tiled_gradients.register_autograd(_refuse_double_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
-    hidden, weight, bias, target, row_weight, state, uniforms, anchor_rows, *rest = inputs
+    hidden, weight, bias, target, row_weight, state, *draws_and_rest = inputs
+    draws, rest = draws_and_rest[:_NUM_DRAWS], draws_and_rest[_NUM_DRAWS:]
     _, row_loss, lse, _, _, _, _, *grads = output
     ctx.mark_non_differentiable(*output[1:])
     # Else the backward is handed a zero for every output without a gradient, one of them as large as the weight.
@@ -287,12 +296,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     ctx.rest = rest
     ctx.is_summed = rest[7]
     ctx.needs = rest[8:11]
-    again = grads if ctx.is_summed else (uniforms, anchor_rows, *state)
+    again = grads if ctx.is_summed else (*draws, *state)
     ctx.save_for_backward(hidden, weight, bias, target, row_weight, row_loss, lse, *again)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
-    nothing = (None,) * (len(ctx.rest) + 2)
+    nothing = (None,) * (_NUM_DRAWS + len(ctx.rest))
     if upstream is None:
         return (None, None, None, None, None, [None] * ctx.num_state, *nothing)
     hidden, weight, bias, target, row_weight, row_loss, lse, *again = ctx.saved_tensors
@@ -335,11 +344,11 @@ def _recompute(
     ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, row_weight: Tensor, again: list[Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for one upstream number a token: the exit once more, with that as the row weight."""
-    uniforms, anchor_rows, *state = again
+    draws, state = again[:_NUM_DRAWS], again[_NUM_DRAWS:]
     rest = list(ctx.rest)
     rest[7] = True
     with torch.no_grad():
-        outputs = exit_loss(hidden, weight, bias, target, row_weight, state, uniforms, anchor_rows, *rest)
+        outputs = exit_loss(hidden, weight, bias, target, row_weight, state, *draws, *rest)
     return scale_gradients(row_weight.new_ones(()), *outputs[7:], hidden, weight, bias)
 
 

@@ -18,6 +18,10 @@ _MASK = 0xFFFFFFFF
 # Odd constants that keep the streams apart; any fixed values do.
 _DRAW_STREAM = 0x2545F491
 _ROW_STREAM = 0x5851F42D
+# A choice of tokens orders them by hash, then by row: rows take the low bits of a key.
+_ROW_BITS = 30
+# The keys of tokens that do not count are at least this.
+UNCOUNTED = (_MASK + 1) << _ROW_BITS
 
 
 def derive_seed(seed: int, stream: str) -> int:
@@ -75,6 +79,27 @@ def token_uniforms(seed: int, step: Tensor, exit_index: int, rows: Tensor, num: 
     return _to_unit(_mix(keys[:, None] ^ lanes[None, :]))
 
 
+def choice_keys(seed: int, step: Tensor, exit_index: int, is_counted: Tensor, first_row: int = 0) -> Tensor:
+    """What a choice of tokens orders them by: the ones with the smallest keys are chosen.
+
+    A key is a pure function of (seed, step, exit, global row), so choices among parts of a batch can be merged: the
+    smallest of the parts' smallest are the smallest of all.
+
+    Args:
+        seed: the rule's seed.
+        step: 0-dim int64 tensor, the optimiser step.
+        exit_index: which exit of the model.
+        is_counted: bool [N], False on ignored tokens.
+        first_row: global number of the first of these tokens, which are numbered on from there.
+
+    Returns:
+        int64 [N], all different up to 2**30 tokens a step; at least `UNCOUNTED` on tokens that do not count.
+    """
+    rows = torch.arange(is_counted.shape[0], device=is_counted.device, dtype=torch.int64) + first_row
+    keys = _row_keys(seed, _ROW_STREAM, step, exit_index, rows)
+    return torch.where(is_counted, keys, _MASK + 1) * (1 << _ROW_BITS) + rows
+
+
 def choose_rows(seed: int, step: Tensor, exit_index: int, is_counted: Tensor, num: int, first_row: int = 0) -> Tensor:
     """A uniformly random choice of tokens, without replacement, among those that count.
 
@@ -90,9 +115,6 @@ def choose_rows(seed: int, step: Tensor, exit_index: int, is_counted: Tensor, nu
         int64 [min(num, N)], ascending. Tokens that do not count appear only when fewer than `num` do: whoever uses
         the rows leaves those out, so that nothing has to be copied to the host to find out how many there are.
     """
-    rows = torch.arange(is_counted.shape[0], device=is_counted.device, dtype=torch.int64)
-    keys = _row_keys(seed, _ROW_STREAM, step, exit_index, rows + first_row)
-    # Unique ranks: the hash orders rows, the row number breaks ties.
-    ranks = torch.where(is_counted, keys, _MASK + 1) * (is_counted.shape[0] + 1) + rows
-    chosen = torch.topk(ranks, min(num, is_counted.shape[0]), largest=False).indices
+    keys = choice_keys(seed, step, exit_index, is_counted, first_row)
+    chosen = torch.topk(keys, min(num, is_counted.shape[0]), largest=False).indices
     return chosen.sort().values
