@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         feedback_names,
         make_feedback,
     )
-    from localexit.local import LocalModel, LocalOutput
+    from localexit.local import LocalModel, LocalOutput, load_exits, save_exits
     from localexit.local.attach import attach
 
 __version__ = "0.1.0"
@@ -63,8 +63,10 @@ __all__ = [
     "exit_cross_entropy",
     "exit_step",
     "feedback_names",
+    "load_exits",
     "make_feedback",
     "orthonormal_columns",
+    "save_exits",
 ]
 
 # Rooms with public names; each lists its own in `__all__`.

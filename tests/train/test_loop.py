@@ -343,16 +343,16 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint(
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-3"]
 
 
-@pytest.mark.parametrize("module", ["checkpoint", "export"])
+@pytest.mark.parametrize("module", ["train.checkpoint", "local.saving"])
 def test_what_safetensors_cannot_write_ends_the_run(
     text: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
     from safetensors import SafetensorError
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(f"localexit.train.{module}.save_file", full)
+    monkeypatch.setattr(f"localexit.{module}.save_file", full)
     with pytest.raises(RunFailedError, match="No space left"):
         train_quietly(small_config(text), tmp_path / "run", cache_dir)
 

@@ -5,7 +5,7 @@ from localexit.feedback.anchors import LogitAnchors
 from localexit.feedback.base import Anchors, Error, Feedback, Tokens
 from localexit.feedback.factorized import Dense, Hybrid, Sketch
 from localexit.feedback.parallel import ExactParallel
-from localexit.feedback.registry import RULES, make_feedback
+from localexit.feedback.registry import RULES, make_feedback, rule_options
 from localexit.feedback.rows import WeightMirror, WeightTransport
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "feedback_names",
     "feedback_options",
     "make_feedback",
+    "rule_options",
 ]

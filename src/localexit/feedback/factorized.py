@@ -71,6 +71,11 @@ class Dense(_Factorized):
         self.register_buffer("codebook", gaussian_codebook(vocab_size, rank, seed=self.seed))
         self._add_expander(rank, gain)
 
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.expander.shape[1]
+
     def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return self.codebook.to(dtype), self._expander_for(dtype)
 
@@ -199,6 +204,16 @@ class Hybrid(_Factorized):
         self.register_buffer("bucket", bucket)
         self.register_buffer("sign", sign)
         self._add_expander(rank, gain)
+
+    @property
+    def rank(self) -> int:
+        """R = R_exact + R_tail."""
+        return self.expander.shape[1]
+
+    @property
+    def rank_exact(self) -> int:
+        """R_exact."""
+        return self.exact_codes.shape[1]
 
     def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
         sketch = sketch_matrix(self.bucket, self.sign, max(self.rank_tail, 1), dtype)[:, : self.rank_tail]

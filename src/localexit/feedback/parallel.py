@@ -132,6 +132,11 @@ class ExactParallel(Feedback):
         self.register_buffer("token_codes", unit_codebook(vocab_size, rank, seed=self.seed))
         self.register_buffer("residual_base", orthonormal_expander(hidden_size, rank, seed=self.seed))
 
+    @property
+    def residual_rank(self) -> int:
+        """R, 0 without a residual."""
+        return self.residual_base.shape[1]
+
     def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
         dtype = accumulate_dtype(dtype)
         return self.token_codes.to(dtype), self.residual_base.to(dtype)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from localexit._rules import check_options
+from localexit._rules import check_options, feedback_options
 from localexit.feedback.anchors import LogitAnchors
 from localexit.feedback.base import RULE_CLASSES, Feedback
 from localexit.feedback.factorized import Dense, Hybrid, Sketch
@@ -106,6 +106,15 @@ def make_feedback(name: str, hidden_size: int, vocab_size: int, *, seed: int | N
     check_options(name, options)
     entry = RULES[name]
     return entry.rule(hidden_size=hidden_size, vocab_size=vocab_size, seed=seed, **entry.fixed, **options)  # type: ignore[call-arg]
+
+
+def rule_options(rule: Feedback) -> dict[str, Any]:
+    """The options with which `make_feedback(rule.name, ...)` builds such a rule again.
+
+    Raises:
+        ValueError: the rule is none that `make_feedback` knows.
+    """
+    return {option: getattr(rule, option) for option in feedback_options(rule.name)}
 
 
 def from_spec(spec: str, state: Sequence[Tensor]) -> Feedback:

@@ -4,7 +4,20 @@ from localexit.local.attach import attach
 from localexit.local.discover import Anatomy, discover
 from localexit.local.exits import Exit
 from localexit.local.model import LocalModel
+from localexit.local.saving import load_exits, restore_exits, save_exits
 from localexit.local.steps import ExitEvaluation, LocalOutput
 from localexit.local.units import Unit
 
-__all__ = ["Anatomy", "Exit", "ExitEvaluation", "LocalModel", "LocalOutput", "Unit", "attach", "discover"]
+__all__ = [
+    "Anatomy",
+    "Exit",
+    "ExitEvaluation",
+    "LocalModel",
+    "LocalOutput",
+    "Unit",
+    "attach",
+    "discover",
+    "load_exits",
+    "restore_exits",
+    "save_exits",
+]

@@ -93,6 +93,7 @@ def attach(
         shared=shared,
         exits=model_exits,
         exit_norms=exit_norms,
+        exit_norm=exit_norm if isinstance(exit_norm, str) else None,
         settings=LossSettings(readout=readout, feedback=rule, label_smoothing=label_smoothing, z_loss=z_loss),
         backward_mode=backward,
         exit_weights=exit_weights,

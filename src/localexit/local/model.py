@@ -98,6 +98,7 @@ class LocalModel(nn.Module):
         feedback: the rule that all exits share.
         units: what learns together, first to last; unit i ends in exit i.
         exits: the exits, first to last.
+        exit_norm: the name given to `attach`; None when it was a module.
         blocks: the model's blocks, first to last.
         backward_mode: "deferred" or "stream"; "joint" or "direct" for the controls that are not local.
         rows_since_update: tokens of the optimiser step so far; part of what a forward's draws depend on.
@@ -112,6 +113,7 @@ class LocalModel(nn.Module):
         shared: tuple[nn.Parameter, ...],
         exits: tuple[Exit, ...],
         exit_norms: nn.ModuleList,
+        exit_norm: str | None,
         settings: LossSettings,
         backward_mode: str,
         exit_weights: Sequence[float] | None,
@@ -122,6 +124,7 @@ class LocalModel(nn.Module):
         self.feedback = settings.feedback
         self.units = units
         self.exits = exits
+        self.exit_norm = exit_norm
         self.backward_mode = backward_mode
         self.exit_weights = (1.0,) * len(exits) if exit_weights is None else exit_weights
         self.blocks = anatomy.blocks
@@ -151,6 +154,11 @@ class LocalModel(nn.Module):
     def unembedding(self) -> nn.Linear:
         """The model's unembedding, with `weight` [V, D]."""
         return self._settings.readout.unembedding
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """What the exits' loss is made of."""
+        return self._settings
 
     @property
     def exit_weights(self) -> tuple[float, ...]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from localexit.local import LocalModel
+from localexit.local import LocalModel, restore_exits, save_exits
 from localexit.train.folder import RunFolder
 from localexit.train.models import attach_exits, load_pretrained, load_tokenizer, without_progress_bars
 from localexit.train.presets import PRESETS, resolve_name
@@ -41,7 +38,7 @@ def export_model(run: RunFolder, local: LocalModel, tokenizer: Tokenizer) -> Non
         as_pretrained(tokenizer).save_pretrained(temporary)
     else:
         copy_pretrained(resolve_name(source), temporary)
-    save_file(_exit_tensors(local), temporary / "exits.safetensors")
+    save_exits(local, temporary)
     shutil.rmtree(old, ignore_errors=True)
     if run.model.exists():
         run.model.rename(old)
@@ -58,27 +55,6 @@ def load_run(path: Path, *, device: torch.device) -> tuple[LocalModel, Tokenizer
     run = RunFolder(path=path)
     run.check_has_model()
     local = attach_exits(load_pretrained(str(run.model)), run.read_config(), device=device)
-    try:
-        tensors = load_file(run.model / "exits.safetensors", device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"run: {run.model / 'exits.safetensors'} cannot be read ({error}); it is damaged") from error
-    own = _exit_tensors(local)
-    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in tensors.items()}:
-        raise ValueError(f"run: {run.model / 'exits.safetensors'} does not fit config.json; one of them is damaged")
-    local.exit_norms.load_state_dict(_below("exit_norms.", tensors))
-    local.feedback.load_state_dict(_below("feedback.", tensors))
+    restore_exits(local, run.model)
     tokenizer, _ = load_tokenizer(str(run.model))
     return local.eval(), tokenizer
-
-
-def _exit_tensors(local: LocalModel) -> dict[str, torch.Tensor]:
-    parts = {"exit_norms": local.exit_norms, "feedback": local.feedback}
-    return {
-        f"{part}.{name}": tensor.detach().cpu().contiguous()
-        for part, module in parts.items()
-        for name, tensor in module.state_dict().items()
-    }
-
-
-def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
