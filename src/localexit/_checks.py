@@ -147,6 +147,19 @@ def call_options(ignore_index: Any, exit_index: Any, chunk_bytes: Any) -> None:
         count("chunk_bytes", chunk_bytes, minimum=1)
 
 
+def can_filter(preset: str, label_smoothing: float) -> None:
+    """weight_grad='filtered' needs the error of whole rows, and one that is small where the prediction is."""
+    if preset != "fast":
+        raise ValueError(
+            f"weight_grad='filtered' goes with preset='fast', got preset={preset!r}; pass one of the two by its default"
+        )
+    if label_smoothing:
+        raise ValueError(
+            f"weight_grad='filtered' would drop the errors of label smoothing, which all tokens have, got "
+            f"label_smoothing={label_smoothing}; pass weight_grad='exact'"
+        )
+
+
 def num_items(value: Any, reduction: str, hidden: Tensor) -> None:
     """num_items is the normaliser of reduction='mean' and of no other."""
     if value is None:

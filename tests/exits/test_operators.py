@@ -571,6 +571,7 @@ def loss_arguments(name: str, **changes: Any) -> tuple[Any, ...]:
         "need_stats": False,
         "backend": "torch",
         "preset": "fast",
+        "is_filtered": False,
     }
     assert not changes.keys() - arguments.keys()
     return tuple((arguments | changes).values())

@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True, params=[1, 40, 10**6], ids=["a column a tile", "many tiles", "one tile"])
 def _tile_columns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "TILE_BYTES", request.param * NUM_TOKENS * 8)
+    monkeypatch.setitem(tiled.TILE_BYTES, "cpu", request.param * NUM_TOKENS * 8)
 
 
 def make_case() -> dict[str, Tensor]:

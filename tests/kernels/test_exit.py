@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from localexit.exits import functional, tiled
-from localexit.exits.functional import exit_step
+from localexit.exits.chunked import PLAIN, Stages
+from localexit.exits.functional import WeightGrad, exit_step
 from localexit.exits.reference import reference_exit
 from localexit.feedback import RULES, Feedback, WeightMirror, make_feedback
 from localexit.kernels.stages import TRITON
@@ -115,7 +116,7 @@ def test_nan_in_the_weight_after_dw_does_not_reach_the_feedback(monkeypatch: pyt
 
 @pytest.mark.parametrize("options", [{}, {"z_loss": 1e-2, "softcap": 5.0}, {"label_smoothing": 0.1}])
 def test_the_memory_preset_equals_the_oracle(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "TILE_BYTES", 64 * NUM_TOKENS * 4)
+    monkeypatch.setitem(tiled.TILE_BYTES, "cpu", 64 * NUM_TOKENS * 4)
     hidden, weight, bias, target, token_weight = make_case()
     rule = make_rule("anchors")
     grad_weight, grad_bias = torch.zeros(VOCAB, HIDDEN), torch.zeros(VOCAB)
@@ -125,3 +126,23 @@ def test_the_memory_preset_equals_the_oracle(options: dict[str, Any], monkeypatc
     assert relative(step.feedback, expected.feedback) < 1e-4
     assert relative(grad_weight, expected.weight_grad) < 1e-5
     assert relative(grad_bias, expected.bias_grad) < 1e-5
+
+
+@pytest.mark.parametrize("chunk_rows", [2, 100])
+@pytest.mark.parametrize("name", ["dense", "mirror_sampled"])
+def test_a_filtered_dw_equals_the_plain_one(name: str, chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, _, target, token_weight = make_case()
+    # Peaked: most groups of tokens have no error worth the name.
+    hidden = hidden + 0.9 * weight[target.clamp_min(0)] / weight.std()
+    weight = 4 * weight
+
+    def grad(stages: Stages, weight_grad: WeightGrad) -> Tensor:
+        monkeypatch.setattr(functional, "stages_of", lambda _: stages)
+        total = torch.full((VOCAB, HIDDEN), 1e-6)
+        options = {"feedback": make_rule(name), "token_weight": token_weight, "chunk_bytes": chunk_rows * VOCAB * 4}
+        exit_step(hidden, weight, target, grad_weight=total, weight_grad=weight_grad, **options)
+        return total - 1e-6
+
+    filtered = grad(TRITON, "filtered")
+    assert relative(filtered, grad(PLAIN, "filtered").double()) < 1e-4
+    assert relative(filtered, grad(PLAIN, "exact").double()) > 1e-3

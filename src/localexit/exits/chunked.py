@@ -11,6 +11,10 @@ from torch import Tensor
 from localexit import _checks
 from localexit.exits.loss import LossOptions, RowResult, loss_and_error, tile_error
 from localexit.feedback.base import Anchors, Error, Feedback, Tokens, accumulate_dtype, product
+from localexit.feedback.groups import GROUP, reduce_groups
+
+# weight_grad="filtered" leaves out errors below this, for a row weight of one: what bf16 does not see next to 1.
+FILTER_THRESHOLD = 2.0**-12
 
 # Bytes of a chunk in the memory preset: fewer, and the products read the weight more often than they compute.
 _MEMORY_PRESET_CHUNK_BYTES = 128 * 2**20
@@ -53,6 +57,8 @@ class ExitCall(LossCall):
         need_stats: also arg-max and entropy.
         backend: name of the backend that was chosen.
         preset: "fast" or "memory".
+        is_filtered: whether dW leaves out groups of entries of the error below `FILTER_THRESHOLD`.
+        spare_bytes: what the memory preset's second pass will take for dW: until then the chunk may have it.
     """
 
     rule: Feedback
@@ -67,6 +73,8 @@ class ExitCall(LossCall):
     need_stats: bool = False
     backend: str = "torch"
     preset: str = "fast"
+    is_filtered: bool = False
+    spare_bytes: int = 0
 
     @property
     def need_error(self) -> bool:
@@ -110,6 +118,7 @@ class Stages:
         loss_and_error: turns the buffer into the values of the error, see `exits.loss.loss_and_error`.
         tile_error: the same for a tile of columns whose log-sum-exp is known, see `exits.loss.tile_error`.
         add_weight_grad: adds the product with the hidden states to dW, or starts it.
+        add_filtered_weight_grad: the same from the groups of entries that matter.
         view: makes the rule's view of the error from values, scale and what the rows yielded.
         feedback: calls the rule.
         has_bias: whether `logits` adds the bias; else `loss_and_error` does.
@@ -123,6 +132,7 @@ class Stages:
     loss_and_error: Callable[..., RowResult]
     tile_error: Callable[[Tensor, Tensor, Tensor, Tensor, LossOptions, int, Tensor | None], None]
     add_weight_grad: Callable[[Tensor | None, Tensor, Tensor], Tensor]
+    add_filtered_weight_grad: Callable[[Tensor | None, Tensor, Tensor, Tensor, RowResult], Tensor]
     view: Callable[[Tensor, Tensor, RowResult], Error]
     feedback: Callable[[Feedback, Error, Tokens, tuple[Tensor, ...]], Tensor]
     has_bias: bool
@@ -150,6 +160,20 @@ def add_weight_grad(total: Tensor | None, values: Tensor, scaled_hidden: Tensor)
     if values.dtype == total.dtype:
         return total.addmm_(values.T, scaled_hidden)
     return torch.addmm(total, values.T, scaled_hidden, out_dtype=total.dtype, out=total)
+
+
+def add_filtered_weight_grad(
+    total: Tensor | None, values: Tensor, scaled_hidden: Tensor, target: Tensor, result: RowResult
+) -> Tensor:
+    """As `add_weight_grad`, without the groups of `GROUP` entries of a row that are all below `FILTER_THRESHOLD`.
+
+    The group of the gold token, target [n], always counts.
+    """
+    del result
+    is_small = reduce_groups(values, torch.amax) < FILTER_THRESHOLD
+    is_small.scatter_(1, (target // GROUP)[:, None], False)
+    is_left_out = is_small.repeat_interleave(GROUP, dim=1)[:, : values.shape[1]]
+    return add_weight_grad(total, values.masked_fill(is_left_out, 0), scaled_hidden)
 
 
 def plain_view(values: Tensor, scale: Tensor, result: RowResult) -> Error:
@@ -181,6 +205,7 @@ PLAIN = Stages(
     loss_and_error=loss_and_error,
     tile_error=tile_error,
     add_weight_grad=add_weight_grad,
+    add_filtered_weight_grad=add_filtered_weight_grad,
     view=plain_view,
     feedback=call_rule,
     has_bias=True,
@@ -222,7 +247,7 @@ def chunk_rows(num_rows: int, vocab_size: int, itemsize: int, chunk_bytes: int) 
 def _default_chunk_bytes(call: ExitCall, stages: Stages) -> int:
     budget = stages.chunk_bytes.get(call.hidden.device.type, stages.chunk_bytes["cpu"])
     if call.preset == "memory":
-        budget = min(budget, _MEMORY_PRESET_CHUNK_BYTES)
+        budget = min(budget, _MEMORY_PRESET_CHUNK_BYTES + call.spare_bytes)
     # A rule that reads the raw logits needs a second buffer, for a copy of them.
     return budget // 2 if call.need_hidden and call.rule.needs_logits else budget
 
@@ -330,7 +355,7 @@ class _Loop:
             bias=self.bias,
             need_error=call.need_error,
             need_logits=call.need_hidden and call.rule.needs_logits,
-            need_groups=call.need_hidden and call.rule.selects,
+            need_groups=(call.need_hidden and call.rule.selects) or (call.need_weight and call.is_filtered),
             need_stats=call.need_stats,
             scratch=self.scratch,
         )
@@ -339,7 +364,7 @@ class _Loop:
         if call.need_error:
             values = logits.to(self.value_dtype)
             scale = self.scale[rows] if result.scale is None else self.scale[rows] * result.scale
-            self._add_grads(hidden, values, scale)
+            self._add_grads(rows, hidden, values, scale, result)
             self._add_feedback(rows, hidden, values, scale, result)
 
     def _keep_rows(self, rows: slice, result: RowResult) -> None:
@@ -347,10 +372,15 @@ class _Loop:
         if self.call.need_stats:
             self.argmax[rows], self.entropy[rows] = result.argmax, result.entropy
 
-    def _add_grads(self, hidden: Tensor, values: Tensor, scale: Tensor) -> None:
+    def _add_grads(self, rows: slice, hidden: Tensor, values: Tensor, scale: Tensor, result: RowResult) -> None:
         if self.call.need_weight:
             scaled = torch.mul(hidden, scale[:, None], out=hidden.new_empty(hidden.shape, dtype=values.dtype))
-            self.weight_grad = self.stages.add_weight_grad(self.weight_grad, values, scaled)
+            if self.call.is_filtered:
+                self.weight_grad = self.stages.add_filtered_weight_grad(
+                    self.weight_grad, values, scaled, self.target[rows], result
+                )
+            else:
+                self.weight_grad = self.stages.add_weight_grad(self.weight_grad, values, scaled)
         if self.bias_grad is not None:
             self.bias_grad += product(values.T, scale[:, None].to(values.dtype), self.sum_dtype)[:, 0]
 

@@ -23,6 +23,8 @@ from localexit.feedback.rows import WeightMirror
 Reduction = Literal["mean", "sum", "none"]
 Preset = Literal["fast", "memory"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
+WeightGrad = Literal["exact", "filtered"]
+WEIGHT_GRADS: tuple[WeightGrad, ...] = get_args(WeightGrad)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,7 @@ def exit_cross_entropy(
     exit_index: int = 0,
     first_row: int = 0,
     preset: Preset = "fast",
+    weight_grad: WeightGrad = "exact",
     chunk_bytes: int | None = None,
     data_parallel: DataParallel | None = None,
 ) -> Tensor: ...
@@ -116,6 +119,7 @@ def exit_cross_entropy(
     exit_index: int = 0,
     first_row: int = 0,
     preset: Preset = "fast",
+    weight_grad: WeightGrad = "exact",
     chunk_bytes: int | None = None,
     data_parallel: DataParallel | None = None,
 ) -> tuple[Tensor, ExitStats]: ...
@@ -140,6 +144,7 @@ def exit_cross_entropy(
     exit_index: int = 0,
     first_row: int = 0,
     preset: Preset = "fast",
+    weight_grad: WeightGrad = "exact",
     chunk_bytes: int | None = None,
     data_parallel: DataParallel | None = None,
 ) -> Tensor | tuple[Tensor, ExitStats]:
@@ -185,8 +190,13 @@ def exit_cross_entropy(
         preset: "fast" needs two products of the size of the logits' (and a third for rules that multiply with all V
             rows); "memory" makes dW in a second pass over tiles of the vocabulary, in the backward: one product more,
             and next to the gradients themselves no memory that grows with V·D.
+        weight_grad: "exact", or "filtered": dW without those groups of 128 neighbouring tokens in which no error of a
+            row reaches 2⁻¹² (for a token weight of one) and which do not hold its gold token. Late in training most
+            of V is such, and the Triton kernels then take a fraction of the product. loss, db and feedback stay
+            exact. Not with the memory preset or label smoothing.
         chunk_bytes: size of the buffer for a chunk of logits; by default 64 MiB on the CPU and on a GPU 512 MiB, or
-            4 GiB with the Triton kernels, for which one chunk is best; at most 128 MiB in the memory preset.
+            4 GiB with the Triton kernels, for which one chunk is best; in the memory preset at most 128 MiB, and what
+            the backward will need for dW.
         data_parallel: the ranks that share the batch; every one makes this call, with its own tokens. Tokens are
             chosen among those of all ranks, and "mean" divides by the tokens of all ranks over the number of ranks:
             the mean over ranks of loss and gradients is that of the whole batch. Give each rank its `first_row`.
@@ -216,6 +226,7 @@ def exit_cross_entropy(
         exit_index=exit_index,
         first_row=first_row,
         preset=preset,
+        weight_grad=weight_grad,
         chunk_bytes=chunk_bytes,
         data_parallel=data_parallel,
         need_hidden=_needs_grad(input),
@@ -250,6 +261,7 @@ def exit_cross_entropy(
         call.need_stats,
         call.backend,
         call.preset,
+        call.is_filtered,
     )
     loss = loss if reduction != "none" else loss.reshape(target.shape)
     if not return_stats:
@@ -278,6 +290,7 @@ def exit_step(
     exit_index: int = 0,
     first_row: int = 0,
     preset: Preset = "fast",
+    weight_grad: WeightGrad = "exact",
     chunk_bytes: int | None = None,
     data_parallel: DataParallel | None = None,
     need_feedback: bool = True,
@@ -288,7 +301,7 @@ def exit_step(
 
     Args:
         input, linear_weight, target, feedback, linear_bias, token_weight, reduction, ignore_index, label_smoothing,
-            z_loss, softcap, num_items, backend, return_stats, exit_index, first_row, preset, chunk_bytes,
+            z_loss, softcap, num_items, backend, return_stats, exit_index, first_row, preset, weight_grad, chunk_bytes,
             data_parallel: see `exit_cross_entropy`; a loss scale goes into `token_weight`. reduction "none" is not for
             a function without a backward.
         grad_weight: [V, D] in fp32 (fp64 for fp64 products), dW is added to it in place; None skips dW. For fp32
@@ -315,6 +328,7 @@ def exit_step(
             exit_index=exit_index,
             first_row=first_row,
             preset=preset,
+            weight_grad=weight_grad,
             chunk_bytes=chunk_bytes,
             data_parallel=data_parallel,
             need_hidden=need_feedback,
@@ -375,6 +389,7 @@ def _build_call(
     exit_index: int,
     first_row: int,
     preset: Preset,
+    weight_grad: WeightGrad,
     chunk_bytes: int | None,
     data_parallel: DataParallel | None,
     need_hidden: bool,
@@ -389,6 +404,9 @@ def _build_call(
     _checks.num_items(num_items, reduction, input)
     _checks.token_weight(token_weight, target)
     _checks.choice("preset", preset, PRESETS)
+    _checks.choice("weight_grad", weight_grad, WEIGHT_GRADS)
+    if weight_grad == "filtered":
+        _checks.can_filter(preset, options.label_smoothing)
     compute_dtype = product_dtype(input, weight)
     flat_target = target.reshape(-1)
     is_counted = flat_target != options.ignore_index
@@ -416,6 +434,7 @@ def _build_call(
             backend, device=input.device, compute_dtype=compute_dtype, rule=feedback, options=options
         ),
         preset=preset,
+        is_filtered=weight_grad == "filtered",
     )
     if not feedback.num_anchors:
         return call

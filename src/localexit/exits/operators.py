@@ -51,6 +51,7 @@ def exit_loss(
     need_stats: bool,
     backend: str,
     preset: str,
+    is_filtered: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss of one exit and, when `is_summed`, the gradients of the sum, finished; see `ExitCall` for the arguments.
 
@@ -83,6 +84,8 @@ def exit_loss(
         need_stats=need_stats,
         backend=backend,
         preset=preset,
+        is_filtered=is_filtered,
+        spare_bytes=weight.nbytes if need_weight and preset == "memory" else 0,
     )
     # The dtypes are decided: an autocast region around the call must not change the products inside.
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -136,6 +139,7 @@ def _exit_loss_fake(
     need_stats: bool,
     backend: str,
     preset: str,
+    is_filtered: bool,
 ) -> _Outputs:
     dtype = accumulate_dtype(compute_dtype)
     num_rows = hidden.shape[0]
@@ -311,8 +315,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
         grads = _recompute(ctx, hidden, weight, bias, target, upstream * row_weight, again)
     hidden_grad, weight_grad, bias_grad = grads
     need_hidden, need_weight, need_bias = ctx.needs
-    if ctx.rest[-1] == "memory" and (need_weight or need_bias):
-        _, compute_dtype, ignore_index, label_smoothing, z_loss, softcap, *_ = ctx.rest
+    _, compute_dtype, ignore_index, label_smoothing, z_loss, softcap, *_, backend, preset, _ = ctx.rest
+    if preset == "memory" and (need_weight or need_bias):
         weight_grad, bias_grad = tiled_gradients(
             hidden,
             weight,
@@ -327,7 +331,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
             softcap,
             need_weight,
             need_bias,
-            ctx.rest[-2],
+            backend,
         )
     return (
         hidden_grad if need_hidden else None,

@@ -14,8 +14,11 @@ from torch import Tensor
 from localexit.exits.chunked import LossCall, Stages
 from localexit.feedback.base import product
 
-# Bytes of one tile [N, columns] of logits.
-TILE_BYTES = 64 * 2**20
+# Bytes of one tile [N, columns] of logits, by device type; on a GPU of the tile and the scaled hidden states together:
+# with 256 MiB in all, the rest is for the allocator and for what the rule keeps.
+TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 216 * 2**20}
+# Tiles begin where products like their operands to begin.
+_ALIGNMENT = 128
 
 
 def add_tiled_grads(
@@ -38,7 +41,7 @@ def add_tiled_grads(
     scaled = torch.where(is_counted[:, None], call.hidden, 0).mul(scale).to(value_dtype)
     hidden = call.hidden.to(call.compute_dtype)
     buffer_dtype = stages.buffer_dtype(call)
-    columns = max(1, TILE_BYTES // (max(len(hidden), 1) * buffer_dtype.itemsize))
+    columns = _tile_columns(len(hidden), buffer_dtype.itemsize, scaled)
     buffer = hidden.new_empty(len(hidden) * min(columns, vocab_size), dtype=buffer_dtype)
     for start in range(0, vocab_size, columns):
         tile = slice(start, min(start + columns, vocab_size))
@@ -51,3 +54,9 @@ def add_tiled_grads(
             stages.add_weight_grad(weight_grad[tile], values, scaled)
         if bias_grad is not None:
             bias_grad[tile] += product(values.T, scale.to(value_dtype), bias_grad.dtype)[:, 0]
+
+
+def _tile_columns(num_rows: int, itemsize: int, scaled: Tensor) -> int:
+    budget = TILE_BYTES.get(scaled.device.type, TILE_BYTES["cpu"]) - (scaled.nbytes if scaled.is_cuda else 0)
+    columns = max(1, budget // (max(num_rows, 1) * itemsize))
+    return columns - columns % _ALIGNMENT if columns > _ALIGNMENT else columns

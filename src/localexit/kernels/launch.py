@@ -10,6 +10,7 @@ from torch import Tensor
 
 from localexit.exits.loss import LossOptions
 from localexit.feedback.groups import GROUP
+from localexit.kernels.filtered import list_rows_kernel, listed_weight_grad_kernel
 from localexit.kernels.rows import error_kernel, repair_kernel, tile_error_kernel
 from localexit.kernels.select import select_kernel, weighted_rows_kernel
 
@@ -140,3 +141,41 @@ def tile_error(
         vocab_size, options.label_smoothing, options.z_loss, options.softcap or 1.0,
         HAS_BIAS=bias is not None, SOFTCAP=options.softcap is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
+
+
+def add_listed_weight_grad(
+    total: Tensor | None,
+    values: Tensor,
+    scaled_hidden: Tensor,
+    target: Tensor,
+    group_max: Tensor,
+    scale: Tensor,
+    threshold: float,
+) -> Tensor:
+    """`total + valuesᵀ @ scaled_hidden` over the groups of `values` [n, V] that matter, in place where there is a total.
+
+    Args:
+        total: [V, D], or None to make one in the dtype of the values.
+        values: [n, V], of which `scale[:, None] * values` is the error for a row weight of one.
+        scaled_hidden: [n, D] in the dtype of the values, contiguous.
+        target: int64 [n]; the group of the gold token is always taken.
+        group_max: fp32 [n, G], largest magnitude of a row in each group, without gold.
+        scale: fp32 [n].
+        threshold: smallest error that matters.
+    """
+    num_rows, vocab_size = values.shape
+    num_groups, width = group_max.shape[1], scaled_hidden.shape[1]
+    rows = torch.empty(num_groups, num_rows, dtype=torch.int32, device=values.device)
+    counts = torch.empty(num_groups, dtype=torch.int32, device=values.device)
+    list_rows_kernel[(num_groups,)](
+        group_max, scale, target, num_rows, num_groups, threshold, rows, counts,
+        GROUP=GROUP, BLOCK=min(1024, triton.next_power_of_2(max(num_rows, 1))), num_warps=4,
+    )  # fmt: skip
+    out = values.new_empty(vocab_size, width) if total is None else total
+    columns = max(16, min(256, triton.next_power_of_2(width)))
+    listed_weight_grad_kernel[(triton.cdiv(width, columns), num_groups)](
+        values, values.stride(0), scaled_hidden, width, rows, counts, num_rows, vocab_size, out,
+        ACCUMULATE=total is not None, PRECISION="ieee" if values.dtype == torch.float32 else "tf32",
+        GROUP=GROUP, BLOCK=64 if values.dtype != torch.float32 else 32, COLUMNS=columns, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return out

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from localexit.exits.chunked import LossCall, Stages, add_weight_grad, call_rule, plain_logits
+from localexit.exits.chunked import FILTER_THRESHOLD, LossCall, Stages, add_weight_grad, call_rule, plain_logits
 from localexit.exits.loss import LossOptions, RowResult
 from localexit.feedback.base import Error
-from localexit.kernels.launch import error_pass, select, tile_error, weighted_rows
+from localexit.kernels.launch import add_listed_weight_grad, error_pass, select, tile_error, weighted_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,16 @@ def _logits_without_bias(hidden: Tensor, weight: Tensor, bias: Tensor | None, ou
     plain_logits(hidden, weight, None, out)
 
 
+def _add_filtered_weight_grad(
+    total: Tensor | None, values: Tensor, scaled_hidden: Tensor, target: Tensor, result: RowResult
+) -> Tensor:
+    assert isinstance(result, GroupedRowResult)
+    assert result.scale is not None
+    return add_listed_weight_grad(
+        total, values, scaled_hidden, target, result.group_max, result.scale, FILTER_THRESHOLD
+    )
+
+
 def _grouped_view(values: Tensor, scale: Tensor, result: RowResult) -> Error:
     assert isinstance(result, GroupedRowResult)
     return GroupedError(values=values, scale=scale, group_max=result.group_max, group_sum=result.group_sum)
@@ -97,6 +107,7 @@ TRITON = Stages(
     loss_and_error=fused_loss_and_error,
     tile_error=tile_error,
     add_weight_grad=add_weight_grad,
+    add_filtered_weight_grad=_add_filtered_weight_grad,
     view=_grouped_view,
     feedback=call_rule,
     has_bias=False,
