@@ -42,7 +42,7 @@ format: $(STAMP)  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## the CPU benchmark table
-	$(BIN)/python benchmarks/exit_cpu.py
+	$(BIN)/localexit bench --cpu
 
 coverage: $(STAMP)  ## line and branch coverage of src
 	$(PYTEST) -m "not long" --cov --cov-report= --cov-fail-under=0

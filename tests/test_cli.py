@@ -260,7 +260,7 @@ def test_control_characters_of_a_message_do_not_reach_the_terminal(capsys: pytes
     assert "\x1b" not in line
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["report"], ["audit"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["report"], ["audit"], ["bench"]])
 def test_help_explains_every_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.run([*command, "--help"])

@@ -28,11 +28,12 @@ ROOMS: dict[str, set[str]] = {
     "measure": {"_checks", "feedback", "exits", "local", "train"},
     "train": {"_checks", "_rules", "_values", "feedback", "exits", "local"},
     "report": {"_checks", "_text", "feedback"},
+    "bench": {"_rules", "_values", "feedback", "exits", "train", "report"},
 }
 # The choice of a backend is made where exits are called, and only when one is asked for.
 LAZY: dict[str, set[str]] = {"_checks": {"feedback"}, "exits": {"kernels"}}
 # What the command imports before it has work to do.
-LIGHT = ("localexit", "localexit.cli", "localexit.train.preflight", "localexit.train.sampling")
+LIGHT = ("localexit", "localexit.cli", "localexit.train.preflight", "localexit.train.sampling", "localexit.bench")
 HEAVY = ("triton", "transformers", "tokenizers", "matplotlib", "jinja2", "tyro", "rich", "tensorboard", "datasets")
 
 

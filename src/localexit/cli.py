@@ -18,6 +18,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from localexit import _values
 from localexit._rules import feedback_names
 from localexit._text import visible
+from localexit.bench import BenchConfig
 from localexit.train.config import FeedbackSpec, TrainConfig
 
 BAD_INPUT = 2
@@ -25,6 +26,7 @@ FAILED = 1
 INTERRUPTED = 130
 
 _DEMO = TrainConfig()
+_BENCH = BenchConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,11 +212,30 @@ class Audit:
         return attach_exits(model, config, device=torch.device("cpu"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time the exit against other heads, once it has been found right: table, JSON, plot.
+
+    Attributes:
+        config: what is measured.
+    """
+
+    config: tyro.conf.OmitArgPrefixes[BenchConfig] = _BENCH
+
+    def execute(self) -> int:
+        """Measure, then print the tables."""
+        from localexit.bench.command import run_bench
+
+        sys.stdout.write(f"{run_bench(self.config)}\n")
+        return 0
+
+
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
 TRACEBACK = "--traceback"
@@ -246,9 +267,10 @@ def _refusal(error: BaseException) -> tuple[str, int]:
     if isinstance(error, ModuleNotFoundError):
         return _values.missing_package(error.name), BAD_INPUT
     if isinstance(error, RuntimeError):
+        from localexit.bench.gate import GateError
         from localexit.train.trainer import RunFailedError
 
-        if not isinstance(error, RunFailedError):
+        if not isinstance(error, RunFailedError | GateError):
             raise error
         return str(error), FAILED
     return str(error), BAD_INPUT

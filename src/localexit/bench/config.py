@@ -1,0 +1,72 @@
+"""What the benchmark measures, as one frozen value: the options of `localexit bench`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from localexit import _values
+from localexit.train.config import FeedbackSpec
+
+from .plans import PEERS, Backend, Mode, Peer, RulePlan, default_plans
+from .shapes import Shape
+
+# A median of fewer says little.
+_LEAST_ROUNDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Options of `localexit bench`.
+
+    Attributes:
+        cpu: measure on the CPU although there is a GPU.
+        shapes: names (cpu, llama, gemma, gpt2) or NxDxV; what fits the machine by default.
+        rules: NAME or NAME:OPTION=VALUE,…, as in `localexit train --feedback`; every rule by default.
+        modes: how they are called: step (`exit_step`), autograd (`exit_cross_entropy` and its backward), memory (the
+            same with the memory preset); what people do with them by default.
+        backend: of our rules: auto, torch or triton.
+        peers: exact heads to compare with; all that are installed by default, none when the list is empty.
+        original: Python file of the heads this project started from.
+        rounds: how often everything is timed; 7 on a CPU, 5 on a GPU by default.
+        threads: of the CPU.
+        patience: seconds to spend on waiting for a quiet CPU.
+        output: JSON file of results; what it holds already is not measured again.
+        show: only show such a file.
+        commit: of the sources, where git cannot be asked.
+    """
+
+    cpu: bool = False
+    shapes: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
+    modes: tuple[Mode, ...] = ()
+    backend: Backend = "auto"
+    peers: tuple[Peer, ...] = PEERS
+    original: Path | None = None
+    rounds: int | None = None
+    threads: int = 2
+    patience: float = 0.0
+    output: Path | None = None
+    show: Path | None = None
+    commit: str | None = None
+
+    def __post_init__(self) -> None:
+        for shape in self.shapes:
+            Shape.parse(shape)
+        for rule in self.rules:
+            FeedbackSpec.parse(rule)
+        if self.rounds is not None:
+            _values.count("rounds", self.rounds, minimum=_LEAST_ROUNDS)
+        _values.count("threads", self.threads, minimum=1)
+        _values.non_negative("patience", self.patience)
+        if self.original is not None and not self.original.is_file():
+            raise ValueError(f"original must be the Python file of the original heads, got {self.original}")
+
+    def plans(self, device: str) -> tuple[RulePlan, ...]:
+        """Our contenders."""
+        default = default_plans(device, backend=self.backend)
+        given = tuple(FeedbackSpec.parse(rule) for rule in self.rules)
+        specs = given or tuple(dict.fromkeys(plan.rule for plan in default))
+        if self.modes:
+            return tuple(RulePlan(rule=spec, mode=mode, backend=self.backend) for mode in self.modes for spec in specs)
+        return tuple(replace(plan, rule=spec) for plan in default for spec in specs if spec.name == plan.rule.name)

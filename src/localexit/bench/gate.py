@@ -1,0 +1,101 @@
+"""Nothing is timed unless it is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from localexit.exits.reference import reference_exit
+
+from .contenders import Contender, make_rule, rule_contenders
+from .inputs import Exact, Inputs, exact, make_inputs, relative_error
+from .peers import EAGER, plain_loss, reason_of, run_loss
+from .plans import RulePlan
+from .platforms import Platform
+from .prepare import Prepared
+from .shapes import Shape
+
+# The oracle's whole [N, V] error fits at this size, and every part of a rule does something.
+_SMALL = Shape(num_tokens=48, hidden_size=64, vocab_size=1000)
+_TOLERANCE = 1e-4
+# A draw may fall on the other side of a boundary by rounding, and moves one token's feedback; a wrong rule is off by
+# more than this.
+_TOLERANCE_OF_DRAWS = 5e-2
+
+
+class GateError(RuntimeError):
+    """A loss or a gradient is wrong: nothing is timed."""
+
+
+def check_rules(plans: Sequence[RulePlan], device: torch.device) -> None:
+    """Loss, feedback and dW of every plan in fp32 against the fp64 oracle, at a small size.
+
+    Raises:
+        GateError: one is wrong.
+    """
+    inputs = make_inputs(_SMALL, dtype=torch.float32, device=device)
+    on_cpu = [tensor.detach().cpu() for tensor in (inputs.hidden, inputs.weight, inputs.target)]
+    for plan in plans:
+        # Each with a rule of its own: one that was updated would draw differently from the oracle's.
+        (contender,) = rule_contenders([plan], inputs)
+        rule = make_rule(plan.rule, inputs).cpu()
+        hidden, weight, target = on_cpu
+        expected = reference_exit(hidden, weight, target, feedback=rule)
+        inputs.restart()
+        loss = contender(inputs)
+        assert loss is not None
+        assert inputs.hidden.grad is not None
+        tolerance = _TOLERANCE_OF_DRAWS if rule.num_draws else _TOLERANCE
+        _gate(plan, "loss", relative_error(loss.cpu(), expected.loss), _TOLERANCE)
+        _gate(plan, "dW", relative_error(inputs.weight_grad.cpu(), expected.weight_grad), _TOLERANCE)
+        _gate(plan, "feedback", relative_error(inputs.hidden.grad.cpu(), expected.feedback), tolerance)
+
+
+def errors_of(prepared: Prepared, platform: Platform) -> dict[str, float]:
+    """Relative error of every contender at the measured size: the largest of loss, dW and, where promised, dh.
+
+    Contenders of others that do not run are moved to `prepared.not_available`; ours have to.
+
+    Raises:
+        GateError: a rule is off by more than twice plain PyTorch in the same dtype, plus one rounding.
+    """
+    inputs = prepared.inputs
+    expected = exact(inputs, dtype=platform.exact_dtype)
+    plain = Contender(name=EAGER, kind="exact", run=partial(run_loss, plain_loss), is_exact=True)
+    plain_error = _error_of(plain, inputs, expected)
+    budget = 2 * plain_error + torch.finfo(platform.dtype).eps
+    errors = {}
+    for name, contender in list(prepared.contenders.items()):
+        if contender.kind == "products":
+            continue
+        if contender.kind == "rule":
+            errors[name] = _error_of(contender, inputs, expected)
+            _gate(name, "loss or gradient", errors[name], budget)
+            continue
+        try:
+            errors[name] = _error_of(contender, inputs, expected)
+        except Exception as error:
+            # Whatever a package does not do on this machine: it is not measured, and not beaten either.
+            prepared.not_available[name] = reason_of(error)
+            del prepared.contenders[name]
+            inputs.clear()
+            platform.release()
+    return errors
+
+
+def _error_of(contender: Contender, inputs: Inputs, expected: Exact) -> float:
+    inputs.restart()
+    loss = contender(inputs)
+    assert loss is not None
+    assert inputs.hidden.grad is not None
+    errors = [relative_error(loss, expected.loss), relative_error(inputs.weight_grad, expected.weight_grad)]
+    if contender.is_exact:
+        errors.append(relative_error(inputs.hidden.grad, expected.hidden_grad))
+    return max(errors)
+
+
+def _gate(name: object, what: str, error: float, budget: float) -> None:
+    if not error <= budget:
+        raise GateError(f"{name}: {what} is off by {error:.1e} of its norm, {budget:.1e} allowed; nothing is timed")
