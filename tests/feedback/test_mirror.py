@@ -55,6 +55,14 @@ def test_starts_at_zero_and_feeds_nothing_back(sampled: bool) -> None:
     assert not run(make_inputs(7, WIDTH, VOCAB), rule).feedback.any()
 
 
+def test_a_batch_that_is_left_out_teaches_nothing() -> None:
+    rule = mirror()
+    forward(make_inputs(7, WIDTH, VOCAB), rule)
+    rule.discard()
+    rule.update()
+    assert not rule.rows.any()
+
+
 @pytest.mark.parametrize("ignored", [0, 5], ids=["enough_tokens", "fewer_tokens_than_pairs"])
 def test_one_update_is_equation_11_on_the_tokens_that_count(ignored: int) -> None:
     inputs, rule = make_inputs(7, WIDTH, VOCAB, ignored=ignored), mirror()

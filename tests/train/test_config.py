@@ -62,6 +62,12 @@ def test_a_configuration_of_another_version_names_the_fields() -> None:
         TrainConfig.from_json(content)
 
 
+def test_a_configuration_of_the_first_version_means_what_it_did() -> None:
+    content = TrainConfig(lr=0.5).to_json()
+    del content["non_finite"], content["max_skipped"]
+    assert TrainConfig.from_json(content) == TrainConfig(lr=0.5, non_finite="stop")
+
+
 def test_differences_name_the_fields_and_leave_the_free_ones_out() -> None:
     config = TrainConfig()
     other = TrainConfig(lr=1e-2, feedback=FeedbackSpec.parse("dense"), threads=7, device="cpu")
@@ -102,6 +108,8 @@ def test_differences_name_the_fields_and_leave_the_free_ones_out() -> None:
         ("exit_norm", "batch", "exit_norm must be one of"),
         ("backward", "later", "backward must be one of"),
         ("decay", "exponential", "decay must be one of"),
+        ("non_finite", "ignore", "non_finite must be one of 'stop', 'skip'"),
+        ("max_skipped", -1, "max_skipped must be at least 0"),
         ("precision", "fp8", "precision must be one of"),
         ("label_smoothing", 1.0, "label_smoothing must be in"),
         ("z_loss", -1.0, "z_loss must be"),

@@ -48,6 +48,16 @@ def test_a_run_leaves_what_it_promises(text: Path, cache_dir: Path, tmp_path: Pa
     assert list((run / "tensorboard").iterdir())
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs file modes")
+def test_others_can_read_what_a_run_leaves(text: Path, cache_dir: Path, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        run = train_quietly(small_config(text), tmp_path / "run", cache_dir).run.path
+    finally:
+        os.umask(before)
+    assert {path for path in run.rglob("*") if path.is_file() and path.stat().st_mode & 0o777 != 0o644} == set()
+
+
 def test_the_records_have_the_fields_the_report_reads(text: Path, cache_dir: Path, tmp_path: Path) -> None:
     from localexit.report import exits_table, read_run, write_report
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from localexit.train.checkpoint import CheckpointError, Snapshot
 from localexit.train.config import FeedbackSpec, TrainConfig
 from localexit.train.models import attach_exits, build_model
-from localexit.train.trainer import NonFiniteError, Trainer
+from localexit.train.trainer import Trainer
 
 VOCAB, CONTEXT = 61, 12
 
@@ -105,28 +105,6 @@ def test_frozen_blocks_stay_while_the_readout_learns(backward: str, exit_norm: s
     learned = {name for name in changed if not name.startswith("feedback.")}
     norms = {name for name in before if name.startswith("exit_norms.") or name == "model.model.norm.weight"}
     assert learned == {"model.lm_head.weight", *norms}
-
-
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_value_that_is_not_finite_stops_before_the_optimiser(where: str, value: float) -> None:
-    trainer = make_trainer()
-    trainer.train_step()
-    before = parameters(trainer)
-    moments = trainer.optimizer.state_dict()["state"][0]["exp_avg"].clone()
-    target = trainer.local.unembedding.weight if where == "loss" else trainer.local.units[0].parameters()[0]
-    handle = None
-    if where == "loss":
-        handle = trainer.local.model.model.layers[0].register_forward_hook(lambda _m, _a, out: out * value)
-    else:
-        target.register_hook(lambda grad: grad * value)
-    with pytest.raises(NonFiniteError, match="step 2: expected finite losses and gradients, got"):
-        trainer.train_step()
-    if handle is not None:
-        handle.remove()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in parameters(trainer).items())
-    assert torch.equal(trainer.optimizer.state_dict()["state"][0]["exp_avg"], moments)
-    assert trainer.step == 1
 
 
 @pytest.mark.parametrize("rule", ["mirror_sampled", "dense", "anchors", "transport"])

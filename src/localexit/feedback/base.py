@@ -225,6 +225,9 @@ class Feedback(nn.Module):
         """End of an optimiser step: call once, after every exit of the step has used the rule."""
         self.step += 1
 
+    def discard(self) -> None:
+        """Forget what was collected since the last `update()`: the batch is left out."""
+
     def get_extra_state(self) -> Tensor:
         """The seed, as part of the state_dict: a rule made with another seed continues with the saved one's draws."""
         return torch.tensor(self.seed)

@@ -98,6 +98,10 @@ class WeightMirror(_Rows):
         """Keep one exit's forward pairs for the next `update()`; a second call for the same exit replaces the first."""
         self._pairs[exit_index] = pairs
 
+    def discard(self) -> None:
+        """Forget the pairs collected since the last `update()`."""
+        self._pairs.clear()
+
     @torch.no_grad()
     def update(self) -> None:
         """One block Kaczmarz step, `B += (Z_M - H_M Bᵀ)ᵀ (H_M H_Mᵀ + λI)⁻¹ H_M`, on the pairs collected; eq. (11)."""

@@ -289,6 +289,11 @@ class LocalModel(nn.Module):
         self._num_forwards = self.rows_since_update = 0
         self.feedback.update()
 
+    def discard(self) -> None:
+        """Call instead of `update()` when a batch is left out: the rule neither learns from it nor counts it."""
+        self._num_forwards = self.rows_since_update = 0
+        self.feedback.discard()
+
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the gradient of every unit by itself, and of what units share as one more group.
 

@@ -75,7 +75,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened to the run: started, resumed, interrupted, non_finite, finished."""
+    """Something that happened to the run: started, resumed, skipped, interrupted, non_finite, finished."""
 
     step: int
     event: str

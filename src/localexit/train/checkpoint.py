@@ -155,6 +155,9 @@ def _write(path: Path, snapshot: Snapshot) -> None:
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in snapshot.tensors[name].items()}
         save_file(tensors, path / f"{name}.safetensors")
     (path / STATE_FILE).write_text(json.dumps(snapshot.state, indent=1) + "\n", encoding="utf-8")
+    for name in TENSOR_FILES:
+        # safetensors lets nobody else read what it writes; these have the mode that any new file gets.
+        shutil.copymode(path / STATE_FILE, path / f"{name}.safetensors")
     files = sorted(path.iterdir())
     _sync_all(files)
     digests = {file.name: _digest(file) for file in files}

@@ -23,9 +23,12 @@ ExitNorm = Literal["shared", "copy", "none"]
 Backward = Literal["stream", "deferred", "joint", "direct"]
 Decay = Literal["linear", "cosine"]
 Precision = Literal["auto", "fp32", "bf16"]
+NonFinite = Literal["stop", "skip"]
 
-# They say where and how fast a run computes, not what: a resume may change them.
-FREE_ON_RESUME = frozenset({"device", "threads"})
+# They say where and how fast a run computes, not what, or what to do about what ended it: a resume may change them.
+FREE_ON_RESUME = frozenset({"device", "threads", "non_finite", "max_skipped"})
+# Fields that runs of the first version do not have, and what those runs did.
+_ADDED_FIELDS: Mapping[str, Any] = {"non_finite": "stop", "max_skipped": 10}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,9 @@ class TrainConfig:
         decay: shape of its fall after that.
         final_lr: what it falls to, as a share of the peak.
         clip: largest gradient norm, for each unit by itself and for what units share.
+        non_finite: what a NaN or infinite loss or gradient does before the optimiser sees it: stop ends the run, skip
+            leaves the batch out and takes the next.
+        max_skipped: most batches that a run leaves out before it stops after all.
         label_smoothing: of the training loss.
         z_loss: factor of the squared log-sum-exp in the training loss.
         seed: of weights, batches and the rule's codes and draws.
@@ -140,6 +146,8 @@ class TrainConfig:
     decay: Decay = "linear"
     final_lr: float = 0.05
     clip: float = 1.0
+    non_finite: NonFinite = "stop"
+    max_skipped: int = 10
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     seed: int = 0
@@ -157,7 +165,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_tokens", "checkpoint_every"):
             _values.count(name, getattr(self, name), minimum=1)
-        for name in ("warmup_steps", "sample_tokens", "seed"):
+        for name in ("warmup_steps", "max_skipped", "sample_tokens", "seed"):
             _values.count(name, getattr(self, name), minimum=0)
         for name in ("vocab_size", "threads"):
             if getattr(self, name) is not None:
@@ -168,6 +176,7 @@ class TrainConfig:
             ("backward", Backward),
             ("decay", Decay),
             ("precision", Precision),
+            ("non_finite", NonFinite),
         ):
             _values.choice(name, getattr(self, name), get_args(kinds))
         _values.loss_options("mean", self.label_smoothing, self.z_loss, None)
@@ -195,13 +204,14 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> TrainConfig:
-        """Inverse of `to_json`.
+        """Inverse of `to_json`; reads what earlier versions wrote, too.
 
         Raises:
             ValueError: fields are missing, unknown or out of range.
             TypeError: a field has the wrong type.
         """
         known = {field.name for field in fields(cls)}
+        content = {**_ADDED_FIELDS, **content}
         if set(content) != known:
             odd = ", ".join(sorted(set(content) ^ known))
             raise ValueError(

@@ -39,6 +39,9 @@ def export_model(run: RunFolder, local: LocalModel, tokenizer: Tokenizer) -> Non
     else:
         copy_pretrained(resolve_name(source), temporary)
     save_exits(local, temporary)
+    for tensors in temporary.glob("*.safetensors"):
+        # safetensors lets nobody else read what it writes; these have the mode that any new file gets.
+        shutil.copymode(temporary / "config.json", tensors)
     shutil.rmtree(old, ignore_errors=True)
     if run.model.exists():
         run.model.rename(old)

@@ -213,6 +213,9 @@ def _step(run: _Run) -> None:
     config, trainer = run.config, run.trainer
     result = trainer.train_step()
     is_last = result.step == config.steps
+    for reason in result.skipped:
+        run.log.event(result.step, "skipped", reason)
+        run.display.say(reason)
     run.display.step(result)
     if is_last or result.step % config.log_every == 0:
         run.log.train(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class StepResult:
         losses: of each exit before the step, nats/token.
         grad_norms: of each unit and of what they share, before clipping.
         tokens_per_second: of this step.
+        skipped: why batches were left out before the one this step was made with, a line each.
     """
 
     step: int
@@ -46,6 +48,7 @@ class StepResult:
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
     tokens_per_second: float
+    skipped: tuple[str, ...] = ()
 
 
 class Trainer:
@@ -61,6 +64,7 @@ class Trainer:
         step: optimiser steps made.
         tokens: tokens seen.
         seconds: time spent in steps.
+        num_skipped: batches left out because of a NaN or an infinity.
     """
 
     def __init__(
@@ -73,21 +77,20 @@ class Trainer:
         self.device = local.unembedding.weight.device
         self.optimizer = make_optimizer(local.parameters(), config)
         self.scheduler = make_scheduler(self.optimizer, config)
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.step, self.tokens, self.seconds, self.num_skipped = 0, 0, 0.0, 0
 
     def train_step(self) -> StepResult:
         """Forward and backward over the micro-batches, clip unit by unit, one optimiser step.
 
+        With `non_finite="skip"` a batch whose losses or gradients are not finite is left out for the next one.
+
         Raises:
-            NonFiniteError: a loss or gradient norm is NaN or infinite; parameters and optimiser are as they were.
+            NonFiniteError: a loss or gradient norm is NaN or infinite, and the batch may not be skipped; parameters
+                and optimiser are as they were.
         """
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
-        batches = [self.sampler.next_batch().to(self.device) for _ in range(self.config.accumulate)]
-        losses = self._gradients(batches)
-        grad_norms = self.local.clip_grad_norm_(self.config.clip)
-        measured = torch.cat([losses.double(), grad_norms.double()]).tolist()
-        self._check_finite(torch.tensor(measured), batches)
+        batches, measured, skipped = self._finite_gradients()
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -104,6 +107,7 @@ class Trainer:
             losses=tuple(measured[: self.local.num_exits]),
             grad_norms=tuple(measured[self.local.num_exits :]),
             tokens_per_second=num_tokens / duration,
+            skipped=tuple(skipped),
         )
 
     def snapshot(self) -> Snapshot:
@@ -120,6 +124,7 @@ class Trainer:
                 "step": self.step,
                 "tokens": self.tokens,
                 "seconds": self.seconds,
+                "skipped": self.num_skipped,
                 "sampler": self.sampler.state(),
                 "optimizer_groups": optimizer["param_groups"],
                 "scheduler": self.scheduler.state_dict(),
@@ -138,6 +143,18 @@ class Trainer:
             reason = str(error).strip().replace("\n", " ")
             raise CheckpointError(f"checkpoint step-{snapshot.step} does not fit this run: {reason}") from error
 
+    def _finite_gradients(self) -> tuple[list[Tensor], list[float], list[str]]:
+        """The next batches with finite gradients, clipped, in `.grad`; losses and norms; why others were left out."""
+        skipped: list[str] = []
+        while True:
+            batches = [self.sampler.next_batch().to(self.device) for _ in range(self.config.accumulate)]
+            losses = self._gradients(batches)
+            grad_norms = self.local.clip_grad_norm_(self.config.clip)
+            measured = torch.cat([losses.double(), grad_norms.double()]).tolist()
+            if all(map(math.isfinite, measured)):
+                return batches, measured, skipped
+            skipped.append(self._skip(torch.tensor(measured), batches))
+
     def _gradients(self, batches: list[Tensor]) -> Tensor:
         """Losses of the exits [L] over all micro-batches; their gradients are in `.grad`."""
         num_items = sum(ids[:, 1:].numel() for ids in batches)
@@ -150,14 +167,24 @@ class Trainer:
             losses += output.exit_losses
         return losses
 
-    def _check_finite(self, measured: Tensor, batches: Sequence[Tensor]) -> None:
-        if bool(torch.isfinite(measured).all()):
-            return
+    def _skip(self, measured: Tensor, batches: Sequence[Tensor]) -> str:
+        """Drop the gradients of a batch and say why; the optimiser and the rule do not get to see it."""
+        self.optimizer.zero_grad()
+        self.local.discard()
         losses, norms = measured[: self.local.num_exits], measured[self.local.num_exits :]
-        raise NonFiniteError(
+        found = (
             f"step {self.step + 1}: expected finite losses and gradients, got losses {_short(losses)} and gradient "
-            f"norms {_short(norms)}; the step was not made. {self._remedy(batches)}"
+            f"norms {_short(norms)}"
         )
+        if self.config.non_finite == "stop":
+            raise NonFiniteError(f"{found}; the step was not made. {self._remedy(batches)}")
+        if self.num_skipped == self.config.max_skipped:
+            raise NonFiniteError(
+                f"{found}; {self.num_skipped} batches were skipped before, and max_skipped={self.config.max_skipped} "
+                f"allows no more. {self._remedy(batches)}"
+            )
+        self.num_skipped += 1
+        return f"{found}; the batch was left out, {self.num_skipped} of at most {self.config.max_skipped}"
 
     def _remedy(self, batches: Sequence[Tensor]) -> str:
         # On a GPU a target outside the vocabulary makes the loss NaN, where looking at every step would wait for it.
@@ -177,6 +204,8 @@ class Trainer:
         if self.device.type == "cuda" and "cuda" in snapshot.tensors["rng"]:
             torch.cuda.set_rng_state(snapshot.tensors["rng"]["cuda"], self.device)
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        # Runs of the first version stopped instead.
+        self.num_skipped = state.get("skipped", 0)
 
 
 def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
