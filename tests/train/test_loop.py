@@ -93,7 +93,7 @@ def test_a_folder_that_exists_is_left_as_it_is(text: Path, cache_dir: Path, tmp_
         ({"vocab_size": 50_000}, "vocab_size: expected at most"),
         ({"vocab_size": 200}, "vocab_size: expected at least 257"),
         ({"context": 10**6}, "data: expected at least one context"),
-        ({"model": "huge"}, r"model must be a preset \(tiny, demo"),
+        ({"model": "huge"}, r"model must be a preset \(tiny, "),
         ({"model": "./nowhere"}, "model must be a preset"),
         ({"exits": "every:5"}, "exits='every:5'"),
         ({"exits": "7"}, "exits has block 7"),

@@ -28,7 +28,7 @@ NonFinite = Literal["stop", "skip"]
 # They say where and how fast a run computes, not what, or what to do about what ended it: a resume may change them.
 FREE_ON_RESUME = frozenset({"device", "threads", "non_finite", "max_skipped"})
 # Fields that runs of the first version do not have, and what those runs did.
-_ADDED_FIELDS: Mapping[str, Any] = {"non_finite": "stop", "max_skipped": 10}
+_ADDED_FIELDS: Mapping[str, Any] = {"unembedding_std": 0.02, "non_finite": "stop", "max_skipped": 10}
 
 
 @dataclass(frozen=True, kw_only=True)
