@@ -10,27 +10,24 @@ each block; here one matrix serves all, because all blocks write to one residual
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from localexit.local.exits import Exit
-from localexit.local.steps import LocalOutput, StreamStep
+from localexit.local.steps import LocalOutput, StreamStep, run_backward
 
 
 @dataclass(kw_only=True)
 class _AtTheEnd(StreamStep):
     """Losses and dW at the exits, the blocks' backward after the last one: activations are kept until then."""
 
-    normed_hiddens: list[Tensor] = field(default_factory=list)
-    feedbacks: list[Tensor] = field(default_factory=list)
+    grads: dict[Tensor, Tensor | None] = field(default_factory=dict)
 
     def output(self) -> LocalOutput:
         """Carry the feedback back, all of it in one backward, then as in "stream"."""
-        if self.feedbacks:
-            with torch.autocast(self.feedbacks[0].device.type, enabled=False):
-                torch.autograd.backward(self.normed_hiddens, self.feedbacks)
+        run_backward(self.grads)
         return super().output()
 
 
@@ -41,25 +38,22 @@ class JointStep(_AtTheEnd):
     # Training to everybody but the hooks, which keep the graphs of units apart.
     is_training: bool = False
 
-    def _backward(self, normed: Tensor, feedback: Tensor) -> None:
-        self.normed_hiddens.append(normed)
-        self.feedbacks.append(feedback)
+    def _backward(self, grads: Mapping[Tensor, Tensor | None]) -> None:
+        self.grads |= grads
 
 
 @dataclass(kw_only=True)
 class DirectStep(_AtTheEnd):
     """Direct feedback alignment: what the last exit feeds back goes to every unit; the other exits only measure."""
 
+    normed_hiddens: list[Tensor] = field(default_factory=list)
+
     def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
         """Keep the hidden; at the last exit compute the loss, dW and the feedback of all."""
-        if exit_.index == self.last_exit:
-            super().at_exit(exit_, hidden)
-            return
-        normed = self.normed(exit_, hidden)
-        self.losses.append(self.exit_step(exit_, normed, is_trained=False).loss)
-        if normed.requires_grad:
-            self.normed_hiddens.append(normed)
-
-    def _backward(self, normed: Tensor, feedback: Tensor) -> None:
-        self.normed_hiddens.append(normed)
-        self.feedbacks = [feedback] * len(self.normed_hiddens)
+        is_last = exit_.index == self.last_exit
+        self.normed_hiddens.append(self.normed(exit_, hidden))
+        result = self.exit_step(exit_, self.normed_hiddens[-1], is_trained=is_last)
+        self.losses.append(result.loss)
+        self.grads |= self.router_grads(exit_)
+        if is_last:
+            self.grads |= dict.fromkeys(self.normed_hiddens, result.feedback)

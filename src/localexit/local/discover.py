@@ -10,7 +10,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from localexit.local.trace import Call, Trace, trace_forward, undisturbed
+from localexit.local.router import Routers, discover_routers
+from localexit.local.trace import Call, Trace, random_ids, trace_forward, undisturbed
 from localexit.local.trees import first_tensor
 
 # Where configurations keep a factor of the logits, a divisor of them, and their soft cap.
@@ -33,6 +34,7 @@ class Anatomy:
         unembedding: the module with `weight` [V, D] and `bias` [V] or None.
         scale: constant factor of the logits.
         softcap: c of `c * tanh(logits / c)`, or None.
+        routers: whose auxiliary loss the model's loss contains, or None.
         example_hidden: `hidden` of the traced forward.
     """
 
@@ -42,6 +44,7 @@ class Anatomy:
     unembedding: nn.Linear
     scale: float
     softcap: float | None
+    routers: Routers | None
     example_hidden: Tensor
 
 
@@ -64,7 +67,8 @@ def discover(model: nn.Module, example: Tensor | Mapping[str, Any] | None = None
         ValueError: no list of blocks, no unembedding, or the logits differ; the message says which.
         TypeError: the model does not return logits.
     """
-    trace = trace_forward(model, example, seed=seed)
+    example = random_ids(model, seed=seed) if example is None else example
+    trace = trace_forward(model, example)
     unembedding = _unembedding(model, trace)
     reasons: list[str] = []
     for candidate in _candidates(model, trace, trace.first_call(unembedding)):
@@ -80,6 +84,7 @@ def discover(model: nn.Module, example: Tensor | Mapping[str, Any] | None = None
                 unembedding=unembedding,
                 scale=fit[0],
                 softcap=fit[1],
+                routers=discover_routers(model, trace, example),
                 example_hidden=hidden,
             )
         names = ", ".join(type(module).__name__ for module in tail) or "nothing"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from localexit.local.exits import Exit
 from localexit.local.graph import UnitGraph, origin
-from localexit.local.steps import Step, StreamStep
+from localexit.local.router import RouterPlace
+from localexit.local.steps import Step, StreamStep, TrainingStep
 from localexit.local.trees import detach_tensor, first_tensor, replace_tensors, tensors_requiring_grad
 from localexit.local.units import Unit
 
@@ -34,6 +35,7 @@ class BlockHooks:
         after_blocks: the module that runs next after the last block.
         units: the units, in order.
         exits: the exits, one per unit.
+        router_places: where the logits of the blocks' routers are.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class BlockHooks:
         after_blocks: nn.Module,
         units: Sequence[Unit],
         exits: Sequence[Exit],
+        router_places: Sequence[RouterPlace] = (),
     ) -> None:
         names = {id(module): name for name, module in model.named_modules()}
         self._blocks = [(names[id(block)], block) for block in blocks]
@@ -65,6 +68,7 @@ class BlockHooks:
                 for index, block in enumerate(blocks)
             ),
             *(block.register_forward_hook(functools.partial(self._after, index)) for index, block in enumerate(blocks)),
+            *(place.module.register_forward_hook(functools.partial(self._keep, place)) for place in router_places),
         ]
 
     @contextmanager
@@ -110,6 +114,10 @@ class BlockHooks:
 
     def _after(self, index: int, _block: nn.Module, _args: Any, output: Any) -> Any:
         return None if self._step is None else self._leave_block(self, self._step, index, output)
+
+    def _keep(self, place: RouterPlace, _router: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(self._step, TrainingStep):
+            self._step.router_logits.append(place.logits_in(output))
 
     def _separate_inputs(self, step: Step, index: int, args: Any, kwargs: Any) -> Any:
         unit = self._units[index]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localexit.local.batch import Batch, num_targets, shifted, shifted_weight
 from localexit.local.controls import DirectStep, JointStep
 from localexit.local.discover import Anatomy
 from localexit.local.exits import Exit
@@ -24,9 +25,6 @@ from localexit.local.steps import (
     LossSettings,
     StreamStep,
     TrainingStep,
-    num_targets,
-    shifted,
-    shifted_weight,
 )
 from localexit.local.trace import accepts, eval_mode
 from localexit.local.units import Unit
@@ -96,6 +94,7 @@ class LocalModel(nn.Module):
         model: the model.
         exit_norms: the exits' norms that are not part of the model.
         feedback: the rule that all exits share.
+        anatomy: the parts of the model that attach() found.
         units: what learns together, first to last; unit i ends in exit i.
         exits: the exits, first to last.
         exit_norm: the name given to `attach`; None when it was a module.
@@ -122,6 +121,7 @@ class LocalModel(nn.Module):
         self.model = model
         self.exit_norms = exit_norms
         self.feedback = settings.feedback
+        self.anatomy = anatomy
         self.units = units
         self.exits = exits
         self.exit_norm = exit_norm
@@ -132,10 +132,17 @@ class LocalModel(nn.Module):
         self._settings = settings
         self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         after_blocks = (*anatomy.tail, anatomy.unembedding)[0]
-        self._hooks: BlockHooks | None = BlockHooks(model, anatomy.blocks, after_blocks, units, exits)
+        self._hooks: BlockHooks | None = BlockHooks(
+            model,
+            anatomy.blocks,
+            after_blocks,
+            units,
+            exits,
+            () if anatomy.routers is None else anatomy.routers.places,
+        )
         self._replaced_forward = model.__dict__.get("forward")
         self._original_forward = model.forward
-        self._takes_cache = accepts(model, "use_cache")
+        self._takes = frozenset(name for name in ("use_cache", "output_router_logits") if accepts(model, name))
         self._num_forwards = 0
         # Tokens since the last update(): draws belong to (seed, step, exit, row), and the next forward's rows follow.
         self.rows_since_update = 0
@@ -244,7 +251,7 @@ class LocalModel(nn.Module):
         """
         step = EvaluationStep(settings=self._settings, last_exit=self.num_exits - 1, target=shifted(labels))
         with torch.no_grad(), eval_mode(self), self._running_hooks().running(step):
-            self.model(*_positional(input_ids), **self._without_cache(inputs))
+            self.model(*_positional(input_ids), **self._without_extras(inputs))
         return step.output()
 
     @torch.no_grad()
@@ -334,35 +341,27 @@ class LocalModel(nn.Module):
         self.feedback.train()
         step = self._training_step(inputs)
         with self._hooks.running(step):
-            self._original_forward(*inputs.args, **self._without_cache(inputs.kwargs))
+            self._original_forward(*inputs.args, **self._without_extras(inputs.kwargs))
         return step.output()
 
     def _training_step(self, inputs: TrainingInputs) -> TrainingStep:
         target = shifted(inputs.labels)
-        num_items = num_targets(target) if inputs.num_items is None else inputs.num_items
-        token_weight = None if inputs.token_weight is None else shifted_weight(inputs.token_weight, inputs.labels)
-        first_row = self._count_rows(target)
-        last_exit = self.num_exits - 1
-        if self.backward_mode != "deferred":
-            return _STEPS[self.backward_mode](
-                settings=self._settings,
-                last_exit=last_exit,
-                target=target,
-                num_items=num_items,
-                token_weight=token_weight,
-                weights=self.exit_weights,
-                first_row=first_row,
-                loss_scale=1.0 if inputs.loss_scale is None else inputs.loss_scale,
-            )
-        return DeferredStep(
-            settings=self._settings,
-            last_exit=last_exit,
+        has_router_loss = inputs.kwargs.get("output_router_logits", True)
+        batch = Batch(
             target=target,
-            num_items=num_items,
-            token_weight=token_weight,
+            num_items=num_targets(target) if inputs.num_items is None else inputs.num_items,
+            token_weight=None if inputs.token_weight is None else shifted_weight(inputs.token_weight, inputs.labels),
             weights=self.exit_weights,
-            first_row=first_row,
+            first_row=self._count_rows(target),
+            routers=self.anatomy.routers if has_router_loss else None,
+            router_mask=_token_mask(inputs.kwargs.get("attention_mask"), target),
         )
+        last_exit = self.num_exits - 1
+        if self.backward_mode == "deferred":
+            return DeferredStep(settings=self._settings, last_exit=last_exit, batch=batch)
+        loss_scale = 1.0 if inputs.loss_scale is None else inputs.loss_scale
+        step = _STEPS[self.backward_mode]
+        return step(settings=self._settings, last_exit=last_exit, batch=batch, loss_scale=loss_scale)
 
     def _count_rows(self, target: Tensor) -> int:
         """Number of the first token of this forward among those since the last `update()`."""
@@ -389,16 +388,16 @@ class LocalModel(nn.Module):
                 "model.gradient_checkpointing_disable(): attached with backward='stream' every unit frees "
                 "its activations before the next one starts, and recomputation would only cost time"
             )
-        config = getattr(self.model, "config", None)
-        if inputs.kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
+        if inputs.kwargs.get("output_router_logits") and self.anatomy.routers is None:
             raise ValueError(
-                "output_router_logits asks for the router's auxiliary loss, which local training does not "
-                "compute; set config.output_router_logits=False"
+                "output_router_logits asks for the routers' auxiliary loss, and attach() found no routers; set "
+                "config.output_router_logits=True before attach(), so that it looks for them and verifies the loss"
             )
 
-    def _without_cache(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Keys and values cached in training would keep every unit's activations alive until the forward's end."""
-        return {"use_cache": False, **inputs} if self._takes_cache else inputs
+    def _without_extras(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Keys, values and router logits that a model collects would keep every unit's activations alive."""
+        extras = {"use_cache": False, **inputs, "output_router_logits": False}
+        return {name: value for name, value in extras.items() if name in inputs or name in self._takes}
 
     def _running_hooks(self) -> BlockHooks:
         if self._hooks is None:
@@ -408,3 +407,9 @@ class LocalModel(nn.Module):
 
 def _positional(input_ids: Tensor | None) -> tuple[Tensor, ...]:
     return () if input_ids is None else (input_ids,)
+
+
+def _token_mask(attention_mask: Tensor | None, target: Tensor) -> Tensor | None:
+    """The mask of padding among a model's inputs; a mask of another form says nothing about single tokens."""
+    is_one_a_token = attention_mask is not None and attention_mask.shape == target.shape
+    return attention_mask if is_one_a_token else None

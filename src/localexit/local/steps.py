@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from localexit import _checks
 from localexit.exits.functional import ExitStep, exit_cross_entropy, exit_step
 from localexit.feedback.base import Feedback, accumulate_dtype
+from localexit.local.batch import IGNORE_INDEX, Batch, num_targets
 from localexit.local.exits import Exit, Readout
-
-IGNORE_INDEX = -100
 
 
 class LocalOutput(NamedTuple):
     """What a training forward returns.
 
     Attributes:
-        loss: 0-dim, Σ over exits of weight · loss, in nats/token. "deferred": call backward on it. "stream": the
-            gradients are there already, and backward on it is an error.
-        exit_losses: [num_exits], each exit's own loss, unweighted and detached.
+        loss: 0-dim, Σ over exits of weight · (loss + router loss), in nats/token. "deferred": call backward on it.
+            "stream": the gradients are there already, and backward on it is an error.
+        exit_losses: [num_exits], each exit's own cross-entropy, unweighted and detached.
         logits: None; logits are never materialised in training.
+        router_losses: [num_exits], the auxiliary loss of each unit's routers, likewise; None for a model without.
     """
 
     loss: Tensor
     exit_losses: Tensor
     logits: None = None
+    router_losses: Tensor | None = None
 
 
 class ExitEvaluation(NamedTuple):
@@ -80,63 +80,86 @@ class TrainingStep(Step):
     """A step that trains: the common part of "deferred" and "stream".
 
     Attributes:
-        target: int64 [B, T], labels shifted by one, -100 where nothing is to be predicted.
-        num_items: normaliser of the loss, the number of tokens that count.
-        token_weight: [B, T], what each target's loss is multiplied by; None for 1.
-        weights: per exit, what its loss counts in the sum.
-        first_row: number of the first token among those of the optimiser step.
+        batch: what is learned from.
+        router_logits: of the routers that have run since the last exit.
     """
 
-    target: Tensor
-    num_items: Tensor | int
-    token_weight: Tensor | None
-    weights: Sequence[float]
-    first_row: int
+    batch: Batch
+    router_logits: list[Tensor] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
+    router_losses: list[Tensor] = field(default_factory=list)
     is_training: bool = True
 
     def normed(self, exit_: Exit, hidden: Tensor) -> Tensor:
         """The exit's normed hidden with its graph, after checking that the labels fit it."""
-        if hidden.shape[:-1] != self.target.shape:
+        normed = self.settings.readout.normed(exit_, hidden)
+        if normed.shape[:-1] != self.batch.target.shape:
             raise ValueError(
-                f"labels have shape {list(self.target.shape)} but the hidden states are "
-                f"{list(hidden.shape)}: expected one label a token; pass labels shaped like input_ids, with "
+                f"labels have shape {list(self.batch.target.shape)} but the hidden states at the exit are "
+                f"{list(normed.shape)}: expected one label a token; pass labels shaped like input_ids, with "
                 f"{IGNORE_INDEX} where nothing is to be learned"
             )
-        return self.settings.readout.normed(exit_, hidden)
+        return normed
+
+    def take_router_loss(self) -> Tensor:
+        """The auxiliary loss of the routers in the unit that ends here, with its graph; 0-dim, 0 without routers.
+
+        Like the cross-entropy it is a mean over tokens: a part of a batch counts by its share of the labels.
+        """
+        logits, self.router_logits = self.router_logits, []
+        batch = self.batch
+        if batch.routers is None or not logits:
+            loss = batch.target.new_zeros((), dtype=torch.float32)
+        else:
+            loss = batch.routers.loss(logits, batch.router_mask) * (num_targets(batch.target) / batch.num_items)
+        self.router_losses.append(loss.detach())
+        return loss
 
     def output(self) -> LocalOutput:
         """The result, after the last exit."""
         raise NotImplementedError
 
+    def _output(self, loss: Tensor) -> LocalOutput:
+        return LocalOutput(
+            loss=loss,
+            exit_losses=torch.stack(self.losses).detach(),
+            router_losses=None if self.batch.routers is None else torch.stack(self.router_losses),
+        )
+
 
 @dataclass(kw_only=True)
 class DeferredStep(TrainingStep):
-    """Losses keep their graphs, one per unit and apart from each other; whoever calls backward makes the gradients."""
+    """Losses keep their graphs, one per unit and apart from each other; whoever calls backward makes the gradients.
+
+    Attributes:
+        objectives: what each unit minimises, its exit's loss and its routers'.
+    """
+
+    objectives: list[Tensor] = field(default_factory=list)
 
     def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
         """Compute the exit's loss with its graph."""
-        settings = self.settings
+        settings, batch = self.settings, self.batch
         loss = exit_cross_entropy(
             self.normed(exit_, hidden),
             settings.readout.weight,
-            self.target,
+            batch.target,
             feedback=settings.feedback,
             linear_bias=settings.readout.bias(),
-            num_items=self.num_items,
-            token_weight=self.token_weight,
+            num_items=batch.num_items,
+            token_weight=batch.token_weight,
             label_smoothing=settings.label_smoothing,
             z_loss=settings.z_loss,
             softcap=settings.readout.softcap,
             exit_index=exit_.index,
-            first_row=self.first_row,
+            first_row=batch.first_row,
         )
         self.losses.append(loss)
+        self.objectives.append(loss + self.take_router_loss())
 
     def output(self) -> LocalOutput:
-        """Σ weight · loss with its graph."""
-        losses = torch.stack(self.losses)
-        return LocalOutput(loss=_weighted_sum(losses, self.weights), exit_losses=losses.detach())
+        """Σ weight · (loss + router loss) with its graph."""
+        return self._output(_weighted_sum(torch.stack(self.objectives), self.batch.weights))
 
 
 @dataclass(kw_only=True)
@@ -160,46 +183,63 @@ class StreamStep(TrainingStep):
         normed = self.normed(exit_, hidden)
         result = self.exit_step(exit_, normed)
         self.losses.append(result.loss)
-        if result.feedback is not None:
-            self._backward(normed, result.feedback)
+        self._backward({normed: result.feedback, **self.router_grads(exit_)})
 
     def exit_step(self, exit_: Exit, normed: Tensor, *, is_trained: bool = True) -> ExitStep:
         """The exit's loss, unweighted; its dW, added to the sum; its feedback. Not trained, only the loss."""
-        settings, readout = self.settings, self.settings.readout
-        factor = self.weights[exit_.index] * self.loss_scale
+        settings, batch, readout = self.settings, self.batch, self.settings.readout
+        factor = batch.weights[exit_.index] * self.loss_scale
         bias = readout.bias()
         result = exit_step(
             normed.detach(),
             readout.weight.detach(),
-            self.target,
+            batch.target,
             feedback=settings.feedback,
             linear_bias=None if bias is None else bias.detach(),
             # Loss, dW and feedback are all proportional to 1 / num_items: dividing it scales the three at once.
-            num_items=self.num_items / factor,
-            token_weight=self.token_weight,
+            num_items=batch.num_items / factor,
+            token_weight=batch.token_weight,
             label_smoothing=settings.label_smoothing,
             z_loss=settings.z_loss,
             softcap=readout.softcap,
             grad_weight=self.weight_grad.total if is_trained else None,
             grad_bias=self.bias_grad.total if is_trained else None,
             exit_index=exit_.index,
-            first_row=self.first_row,
+            first_row=batch.first_row,
             need_feedback=is_trained and normed.requires_grad,
         )
         return replace(result, loss=result.loss / factor)
+
+    def router_grads(self, exit_: Exit) -> dict[Tensor, Tensor | None]:
+        """The auxiliary loss of the unit's routers, and what its gradient is multiplied by."""
+        loss = self.take_router_loss()
+        return {loss: torch.ones_like(loss) * self.batch.weights[exit_.index] * self.loss_scale}
 
     def output(self) -> LocalOutput:
         """Add dW to the parameters' gradients; the loss is for reading only."""
         self.weight_grad.fold()
         self.bias_grad.fold()
-        losses = torch.stack(self.losses)
-        return LocalOutput(loss=_readable(_weighted_sum(losses, self.weights)), exit_losses=losses)
+        objectives = torch.stack(self.losses) + torch.stack(self.router_losses)
+        return self._output(_readable(_weighted_sum(objectives, self.batch.weights)))
 
-    def _backward(self, normed: Tensor, feedback: Tensor) -> None:
+    def _backward(self, grads: Mapping[Tensor, Tensor | None]) -> None:
+        """The unit's backward from the tensors that depend on its parameters, given what arrives at each."""
         self.is_in_backward = True
-        with torch.autocast(normed.device.type, enabled=False):
-            torch.autograd.backward(normed, feedback)
+        run_backward(grads)
         self.is_in_backward = False
+
+
+def run_backward(grads: Mapping[Tensor, Tensor | None]) -> None:
+    """One backward from several tensors, given what arrives at each; None, and tensors without a graph, are left out.
+
+    Autocast is off: autograd gives every operation the dtype of its forward by itself.
+    """
+    found = [(tensor, grad) for tensor, grad in grads.items() if grad is not None and tensor.requires_grad]
+    if not found:
+        return
+    tensors, arriving = zip(*found, strict=True)
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        torch.autograd.backward(tensors, arriving)
 
 
 class SharedGradient:
@@ -286,48 +326,6 @@ class LogitsStep(Step):
         """Compute the logits at the wanted exit, nothing at the others."""
         if exit_.index == self.last_exit:
             self.logits = self.settings.readout.logits(exit_, hidden[:, self.positions])
-
-
-def shifted(labels: Tensor) -> Tensor:
-    """What each position is to predict: the label of the next one, nothing at the last.
-
-    Args:
-        labels: int64 [B, T], token ids like the input's, -100 where nothing is to be predicted.
-
-    Returns:
-        int64 [B, T]. Shifting the labels instead of slicing the hidden spares a copy of the hidden.
-
-    Raises:
-        TypeError: labels are not a tensor of integers.
-        ValueError: labels are not [B, T].
-    """
-    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be a tensor of token ids (int64 or int32), got {got}; convert it with .long()")
-    if labels.dim() != 2:
-        raise ValueError(f"labels must be [batch, tokens] like input_ids, got shape {list(labels.shape)}")
-    target = torch.full_like(labels, IGNORE_INDEX)
-    target[:, :-1] = labels[:, 1:]
-    return target
-
-
-def shifted_weight(token_weight: Tensor, labels: Tensor) -> Tensor:
-    """The weights in the places of `shifted(labels)`: that of label t + 1 at t.
-
-    Args:
-        token_weight: floating point [B, T], one weight a label.
-        labels: int64 [B, T].
-
-    Raises:
-        TypeError, ValueError: they are not one floating-point number a label.
-    """
-    _checks.token_weight(token_weight, labels)
-    return torch.cat([token_weight[:, 1:], torch.zeros_like(token_weight[:, :1])], dim=1)
-
-
-def num_targets(target: Tensor) -> Tensor:
-    """How many targets count, at least 1: 0-dim."""
-    return (target != IGNORE_INDEX).sum().clamp_min(1)
 
 
 def _weighted_sum(losses: Tensor, weights: Sequence[float]) -> Tensor:

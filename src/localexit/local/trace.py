@@ -30,9 +30,10 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """The calls of one forward in the order they started, and the model's logits [B, T, V]."""
+    """The calls of one forward in the order they started, what it returned, and the logits [B, T, V] in that."""
 
     calls: tuple[Call, ...]
+    output: Any
     logits: Tensor
 
     @cached_property
@@ -49,24 +50,22 @@ class Trace:
         return {id(call.module): call for call in reversed(self.calls)}
 
 
-def trace_forward(model: nn.Module, example: Tensor | Mapping[str, Any] | None, *, seed: int) -> Trace:
+def trace_forward(model: nn.Module, example: Tensor | Mapping[str, Any]) -> Trace:
     """Run one forward in eval mode without gradients and record every module call; leaves the model as it was.
 
     Args:
         model: the model.
-        example: token ids [B, T], or the keyword inputs of one forward; None draws random ids.
-        seed: seed of the random ids.
+        example: token ids [B, T], or the keyword inputs of one forward.
 
     Raises:
         TypeError: the model does not return logits.
-        ValueError: no example was given and none can be made up.
     """
     calls: list[Call] = []
     with undisturbed(model), ExitStack() as hooks:
         for handle in _recording_hooks(model, calls):
             hooks.callback(handle.remove)
-        output = _call(model, random_ids(model, seed=seed) if example is None else example)
-    return Trace(calls=tuple(calls), logits=logits_of(output))
+        output = run_model(model, example)
+    return Trace(calls=tuple(calls), output=output, logits=logits_of(output))
 
 
 def logits_of(output: Any) -> Tensor:
@@ -154,11 +153,16 @@ def accepts(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
-def _call(model: nn.Module, example: Tensor | Mapping[str, Any]) -> Any:
+def run_model(model: nn.Module, example: Tensor | Mapping[str, Any], **options: Any) -> Any:
+    """The model's forward of an example; labels only where they are among the options.
+
+    Raises:
+        TypeError: the example is neither token ids nor keyword inputs.
+    """
     if isinstance(example, Tensor):
-        return model(example)
+        return model(example, **options)
     if isinstance(example, Mapping):
-        return model(**{key: value for key, value in example.items() if key != "labels"})
+        return model(**{key: value for key, value in example.items() if key != "labels"}, **options)
     raise TypeError(
         f"example must be token ids [batch, tokens] or a dict with the inputs of one forward, got "
         f"{type(example).__name__}"

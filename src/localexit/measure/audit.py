@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from localexit.feedback import Feedback
 from localexit.local import LocalModel, attach
-from localexit.local.steps import shifted
+from localexit.local.batch import shifted
 from localexit.measure.checks import Check, table
 from localexit.measure.locality import LocalityAudit, audit_locality
 from localexit.measure.transport import TransportAudit, audit_transport

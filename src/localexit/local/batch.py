@@ -1,0 +1,79 @@
+"""What one training forward learns from: targets, weights, and where its draws start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localexit import _checks
+from localexit.local.router import Routers
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The targets of one training forward.
+
+    Attributes:
+        target: int64 [B, T], labels shifted by one, -100 where nothing is to be predicted.
+        num_items: normaliser of the loss, the number of tokens that count.
+        token_weight: [B, T], what each target's loss is multiplied by; None for 1.
+        weights: per exit, what its loss counts in the sum.
+        first_row: number of the first token among those of the optimiser step.
+        routers: whose auxiliary loss belongs to the units' losses, or None.
+        router_mask: [B, T], 0 on tokens that the auxiliary loss leaves out, or None.
+    """
+
+    target: Tensor
+    num_items: Tensor | int
+    token_weight: Tensor | None
+    weights: Sequence[float]
+    first_row: int
+    routers: Routers | None
+    router_mask: Tensor | None
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """What each position is to predict: the label of the next one, nothing at the last.
+
+    Args:
+        labels: int64 [B, T], token ids like the input's, -100 where nothing is to be predicted.
+
+    Returns:
+        int64 [B, T]. Shifting the labels instead of slicing the hidden spares a copy of the hidden.
+
+    Raises:
+        TypeError: labels are not a tensor of integers.
+        ValueError: labels are not [B, T].
+    """
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be a tensor of token ids (int64 or int32), got {got}; convert it with .long()")
+    if labels.dim() != 2:
+        raise ValueError(f"labels must be [batch, tokens] like input_ids, got shape {list(labels.shape)}")
+    target = torch.full_like(labels, IGNORE_INDEX)
+    target[:, :-1] = labels[:, 1:]
+    return target
+
+
+def shifted_weight(token_weight: Tensor, labels: Tensor) -> Tensor:
+    """The weights in the places of `shifted(labels)`: that of label t + 1 at t.
+
+    Args:
+        token_weight: floating point [B, T], one weight a label.
+        labels: int64 [B, T].
+
+    Raises:
+        TypeError, ValueError: they are not one floating-point number a label.
+    """
+    _checks.token_weight(token_weight, labels)
+    return torch.cat([token_weight[:, 1:], torch.zeros_like(token_weight[:, :1])], dim=1)
+
+
+def num_targets(target: Tensor) -> Tensor:
+    """How many targets count, at least 1: 0-dim."""
+    return (target != IGNORE_INDEX).sum().clamp_min(1)
