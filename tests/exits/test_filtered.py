@@ -73,7 +73,11 @@ def test_the_threshold_does_not_depend_on_token_weights_or_chunks() -> None:
 
 @pytest.mark.parametrize(
     ("options", "names"),
-    [({"preset": "memory"}, "preset"), ({"label_smoothing": 0.1}, "label_smoothing"), ({"weight_grad": "some"}, "some")],
+    [
+        ({"preset": "memory"}, "preset"),
+        ({"label_smoothing": 0.1}, "label_smoothing"),
+        ({"weight_grad": "some"}, "some"),
+    ],
 )
 def test_what_does_not_go_together_is_refused(options: dict[str, object], names: str) -> None:
     hidden, weight, target = make_case()

@@ -22,8 +22,10 @@ def rule(name: str, *, width: int = WIDTH) -> Feedback:
     return made
 
 
-def attached(model: nn.Module, name: str = "transport", **options: object) -> LocalModel:
-    """attach() without the warning about norms, which has a test of its own."""
+def attached(
+    model: nn.Module, name: str = "transport", *, dtype: torch.dtype = torch.float32, **options: object
+) -> LocalModel:
+    """attach() with a rule in `dtype`, without the warning about norms, which has a test of its own."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="feedback 'parallel", category=UserWarning)
-        return attach(model, feedback=rule(name), **options)  # type: ignore[arg-type]
+        return attach(model, feedback=rule(name).to(dtype), **options)  # type: ignore[arg-type]

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from localexit import _checks
+from localexit.exits.ranks import DataParallel
 from localexit.feedback import Feedback, make_feedback
 from localexit.local.discover import Anatomy, discover
 from localexit.local.exits import Exit, Readout, make_exits, warn_if_scale_invariant
 from localexit.local.model import LocalModel
+from localexit.local.sharding import is_sharded, reshard, sharded_modules
 from localexit.local.steps import LossSettings
 from localexit.local.units import exit_blocks, make_units
 
@@ -31,6 +33,7 @@ def attach(
     seed: int = 0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    data_parallel: DataParallel | None = None,
 ) -> LocalModel:
     """Give a model exits, and train it unit by unit from their losses.
 
@@ -65,6 +68,10 @@ def attach(
         seed: seed of the rule when given by name, and of the random tokens.
         label_smoothing: of the training loss, in [0, 1).
         z_loss: factor of lse² in the training loss.
+        data_parallel: the ranks that share each batch, every one with batches of one shape and the same model. With
+            "stream" a forward leaves the gradients of the whole batch on every rank, a unit's averaged while the next
+            one computes; with "deferred" call `LocalModel.average_gradients()`, or wrap the result in DDP. Blocks may
+            be wrapped in DDP, or sharded with `fully_shard`, one by one and before.
 
     Raises:
         ValueError: an option is out of range, the model's parts cannot be found, its logits cannot be reproduced, it is
@@ -75,6 +82,8 @@ def attach(
     _checks.choice("backward", backward, BACKWARD_MODES)
     _checks.loss_options("mean", label_smoothing, z_loss, None)
     anatomy = discover(model, example, seed=seed)
+    # The forward has left whole parameters where units are to find sharded ones.
+    reshard(sharded_modules(model))
     model_exits, exit_norms = make_exits(exit_blocks(exits, len(anatomy.blocks)), anatomy, exit_norm)
     rule = _rule(feedback, anatomy.unembedding.weight, seed=seed)
     warn_if_scale_invariant(model_exits, anatomy.example_hidden, rule.name)
@@ -86,7 +95,7 @@ def attach(
         norms=[exit_.norm for exit_ in model_exits],
     )
     readout = Readout(unembedding=anatomy.unembedding, scale=anatomy.scale, softcap=anatomy.softcap)
-    return LocalModel(
+    local = LocalModel(
         model,
         anatomy=anatomy,
         units=units,
@@ -94,10 +103,30 @@ def attach(
         exits=model_exits,
         exit_norms=exit_norms,
         exit_norm=exit_norm if isinstance(exit_norm, str) else None,
-        settings=LossSettings(readout=readout, feedback=rule, label_smoothing=label_smoothing, z_loss=z_loss),
+        settings=LossSettings(
+            readout=readout,
+            feedback=rule,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            data_parallel=data_parallel,
+        ),
         backward_mode=backward,
         exit_weights=exit_weights,
     )
+    if data_parallel is not None:
+        _start_from_first_rank(local, data_parallel)
+    return local
+
+
+def _start_from_first_rank(local: LocalModel, ranks: DataParallel) -> None:
+    """Give all ranks the first one's parameters, and its rule's seed and state, whatever each was built with."""
+    for tensor in (*local.parameters(), *local.buffers()):
+        # A sharded tensor is one tensor already.
+        if not is_sharded(tensor):
+            ranks.copy_from_first(tensor)
+    seed = local.feedback.get_extra_state().to(local.feedback.step.device)
+    ranks.copy_from_first(seed)
+    local.feedback.set_extra_state(seed)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -107,6 +136,11 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             "model is compiled as a whole, and exits inside one compiled graph cannot train its units one "
             "by one; attach to the model as it was before, and compile its blocks one by one"
+        )
+    if is_sharded(model):
+        raise ValueError(
+            "model is sharded as a whole, and its unembedding has to be whole at every exit; call fully_shard() on "
+            "its blocks one by one and not on the model, before attach(..., data_parallel=)"
         )
     forward = getattr(model.__dict__.get("forward"), "func", None)
     if isinstance(getattr(forward, "__self__", None), LocalModel):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from localexit import _checks
+from localexit.exits.ranks import DataParallel
 from localexit.local.router import Routers
 
 IGNORE_INDEX = -100
@@ -20,7 +21,7 @@ class Batch:
 
     Attributes:
         target: int64 [B, T], labels shifted by one, -100 where nothing is to be predicted.
-        num_items: normaliser of the loss, the number of tokens that count.
+        num_items: normaliser of the loss, the number of tokens that count, on all ranks together.
         token_weight: [B, T], what each target's loss is multiplied by; None for 1.
         weights: per exit, what its loss counts in the sum.
         first_row: number of the first token among those of the optimiser step.
@@ -74,6 +75,7 @@ def shifted_weight(token_weight: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([token_weight[:, 1:], torch.zeros_like(token_weight[:, :1])], dim=1)
 
 
-def num_targets(target: Tensor) -> Tensor:
-    """How many targets count, at least 1: 0-dim."""
-    return (target != IGNORE_INDEX).sum().clamp_min(1)
+def num_targets(target: Tensor, data_parallel: DataParallel | None = None) -> Tensor:
+    """How many targets count, on all ranks together, at least 1: 0-dim."""
+    count = (target != IGNORE_INDEX).sum()
+    return (count if data_parallel is None else data_parallel.total(count)).clamp_min(1)

@@ -30,6 +30,9 @@ class _AtTheEnd(StreamStep):
         run_backward(self.grads)
         return super().output()
 
+    def _average_unit(self, index: int) -> None:
+        """Not yet: there are no gradients before the end."""
+
 
 @dataclass(kw_only=True)
 class JointStep(_AtTheEnd):

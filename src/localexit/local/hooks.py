@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from localexit.local.exits import Exit
 from localexit.local.graph import UnitGraph, origin
 from localexit.local.router import RouterPlace
+from localexit.local.sharding import reshard, sharded_modules
 from localexit.local.steps import Step, StreamStep, TrainingStep
 from localexit.local.trees import detach_tensor, first_tensor, replace_tensors, tensors_requiring_grad
 from localexit.local.units import Unit
@@ -51,6 +52,7 @@ class BlockHooks:
         self._blocks = [(names[id(block)], block) for block in blocks]
         self._units = [unit for unit in units for _ in unit.block_indices]
         self._exits = tuple(exits)
+        self._sharded = sharded_modules(model)
         self._graphs = unit_graphs(model, blocks, units)
         self._step: Step | None = None
         self._is_done = False
@@ -61,12 +63,13 @@ class BlockHooks:
         self._enter_block = torch.compiler.disable(BlockHooks._separate_inputs)
         self._leave_block = torch.compiler.disable(BlockHooks._run_exit)
         self._handles = [
-            # Not at the end of the block itself: other hooks on it must run.
-            *(module.register_forward_pre_hook(self._stop, prepend=True) for module in (*blocks, after_blocks)),
+            # Before other hooks on the block: sharding has one that wraps what has a graph.
             *(
-                block.register_forward_pre_hook(functools.partial(self._before, index), with_kwargs=True)
+                block.register_forward_pre_hook(functools.partial(self._before, index), with_kwargs=True, prepend=True)
                 for index, block in enumerate(blocks)
             ),
+            # Not at the end of the block itself: other hooks on it must run.
+            *(module.register_forward_pre_hook(self._stop, prepend=True) for module in (*blocks, after_blocks)),
             *(block.register_forward_hook(functools.partial(self._after, index)) for index, block in enumerate(blocks)),
             *(place.module.register_forward_hook(functools.partial(self._keep, place)) for place in router_places),
         ]
@@ -96,6 +99,8 @@ class BlockHooks:
             self._first_inputs.clear()
             for graph in self._graphs:
                 graph.leave()
+            if not step.is_training:
+                reshard(self._sharded)
 
     def remove(self) -> None:
         """Take the hooks off the blocks."""

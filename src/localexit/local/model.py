@@ -5,18 +5,23 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from localexit.exits.ranks import DataParallel
+from localexit.local.average import GradientAverage, averaged_here
 from localexit.local.batch import Batch, num_targets, shifted, shifted_weight
 from localexit.local.controls import DirectStep, JointStep
 from localexit.local.discover import Anatomy
 from localexit.local.exits import Exit
 from localexit.local.hooks import BlockHooks
+from localexit.local.sharding import clip_grad_norm_
 from localexit.local.steps import (
     DeferredStep,
     EvaluationStep,
@@ -100,7 +105,7 @@ class LocalModel(nn.Module):
         exit_norm: the name given to `attach`; None when it was a module.
         blocks: the model's blocks, first to last.
         backward_mode: "deferred" or "stream"; "joint" or "direct" for the controls that are not local.
-        rows_since_update: tokens of the optimiser step so far; part of what a forward's draws depend on.
+        rows_since_update: tokens of the optimiser step so far, on all ranks; part of what a forward's draws depend on.
     """
 
     def __init__(
@@ -146,6 +151,8 @@ class LocalModel(nn.Module):
         self._num_forwards = 0
         # Tokens since the last update(): draws belong to (seed, step, exit, row), and the next forward's rows follow.
         self.rows_since_update = 0
+        self._is_synced = True
+        self._averaged = averaged_here(model, units, shared)
         # What DDP must not overwrite with rank 0's at every forward: each rank's rule keeps its own.
         self._ddp_params_and_buffers_to_ignore = [f"feedback.{name}" for name, _ in self.feedback.named_buffers()]
         # A partial can carry the signature of what it replaces (Trainer reads it), a bound method cannot.
@@ -156,6 +163,11 @@ class LocalModel(nn.Module):
     def num_exits(self) -> int:
         """How many exits there are; as many as units."""
         return len(self.exits)
+
+    @property
+    def data_parallel(self) -> DataParallel | None:
+        """The ranks that share each batch, if there are several."""
+        return self._settings.data_parallel
 
     @property
     def unembedding(self) -> nn.Linear:
@@ -213,7 +225,7 @@ class LocalModel(nn.Module):
             labels: int64 [B, T], token ids like the input's, -100 where nothing is to be learned. The token at t + 1 is
                 predicted at t: the shift is made here.
             num_items: what the summed loss is divided by; by default the number of labels that count. Give the number
-                of a whole batch when it is made of several forwards.
+                of a whole batch when it is made of several forwards; with `data_parallel` that of all ranks together.
             token_weight: floating point [B, T], negative allowed: what the loss of predicting each label is multiplied
                 by; shifted with the labels. The normaliser stays the number of labels, whatever the weights.
             loss_scale: factor of the gradients, for GradScaler; "stream" only.
@@ -301,6 +313,29 @@ class LocalModel(nn.Module):
         self._num_forwards = self.rows_since_update = 0
         self.feedback.discard()
 
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Forwards inside leave the gradients of this rank as they are, for the first micro-batches of a step.
+
+        The forward after it averages over ranks what has been accumulated. Without this every forward does so, which
+        gives the same gradients with more communication. Blocks wrapped in DDP or FSDP have a switch of their own.
+        """
+        before, self._is_synced = self._is_synced, False
+        try:
+            yield
+        finally:
+            self._is_synced = before
+
+    def average_gradients(self) -> None:
+        """Replace gradients by their means over ranks, as a forward does with backward="stream".
+
+        For "deferred", after the last backward of a step, where no DDP around this object does it. Parameters in blocks
+        that are wrapped in DDP or FSDP are left to them.
+        """
+        average = self._gradient_average()
+        if average is not None:
+            average.finish()
+
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the gradient of every unit by itself, and of what units share as one more group.
 
@@ -314,7 +349,7 @@ class LocalModel(nn.Module):
             [num_units + 1], the norms before clipping; the shared parameters' last.
         """
         groups = [*(unit.parameters() for unit in self.units), self.shared_parameters()]
-        norms = [nn.utils.clip_grad_norm_(group, max_norm) for group in groups]
+        norms = [clip_grad_norm_(group, max_norm) for group in groups]
         return torch.stack([norm.to(self.unembedding.weight.device) for norm in norms])
 
     def remove(self) -> None:
@@ -349,7 +384,7 @@ class LocalModel(nn.Module):
         has_router_loss = inputs.kwargs.get("output_router_logits", True)
         batch = Batch(
             target=target,
-            num_items=num_targets(target) if inputs.num_items is None else inputs.num_items,
+            num_items=num_targets(target, self.data_parallel) if inputs.num_items is None else inputs.num_items,
             token_weight=None if inputs.token_weight is None else shifted_weight(inputs.token_weight, inputs.labels),
             weights=self.exit_weights,
             first_row=self._count_rows(target),
@@ -360,13 +395,16 @@ class LocalModel(nn.Module):
         if self.backward_mode == "deferred":
             return DeferredStep(settings=self._settings, last_exit=last_exit, batch=batch)
         loss_scale = 1.0 if inputs.loss_scale is None else inputs.loss_scale
+        average = self._gradient_average() if self._is_synced else None
         step = _STEPS[self.backward_mode]
-        return step(settings=self._settings, last_exit=last_exit, batch=batch, loss_scale=loss_scale)
+        return step(settings=self._settings, last_exit=last_exit, batch=batch, loss_scale=loss_scale, average=average)
 
     def _count_rows(self, target: Tensor) -> int:
         """Number of the first token of this forward among those since the last `update()`."""
-        first_row = self.rows_since_update
-        self.rows_since_update += target.numel()
+        ranks = self.data_parallel
+        num_rows, rank, size = target.numel(), *((0, 1) if ranks is None else (ranks.rank, ranks.size))
+        first_row = self.rows_since_update + rank * num_rows
+        self.rows_since_update += size * num_rows
         self._num_forwards += 1
         if self._num_forwards == _FORWARDS_WITHOUT_UPDATE:
             warnings.warn(
@@ -376,7 +414,17 @@ class LocalModel(nn.Module):
             )
         return first_row
 
+    def _gradient_average(self) -> GradientAverage | None:
+        return None if self.data_parallel is None else GradientAverage(self.data_parallel, *self._averaged)
+
     def _refuse_unsupported(self, inputs: TrainingInputs) -> None:
+        if self.backward_mode != "deferred" and DistributedDataParallel._active_ddp_module is not None:
+            raise ValueError(
+                f"this model is attached with backward={self.backward_mode!r} and wrapped in one "
+                f"DistributedDataParallel, which waits for a backward() that never comes: ranks would train apart. "
+                f"Pass data_parallel=localexit.DataParallel() to attach() and drop the wrapper, or attach with "
+                f"backward='deferred'"
+            )
         if inputs.loss_scale is not None and self.backward_mode == "deferred":
             raise ValueError(
                 "loss_scale is for backward='stream'; with 'deferred' the loss has its graph: multiply it "

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from localexit.exits.functional import ExitStep, exit_cross_entropy, exit_step
+from localexit.exits.ranks import DataParallel
 from localexit.feedback.base import Feedback, accumulate_dtype
+from localexit.local.average import GradientAverage
 from localexit.local.batch import IGNORE_INDEX, Batch, num_targets
 from localexit.local.exits import Exit, Readout
 
@@ -21,7 +23,8 @@ class LocalOutput(NamedTuple):
     Attributes:
         loss: 0-dim, Σ over exits of weight · (loss + router loss), in nats/token. "deferred": call backward on it.
             "stream": the gradients are there already, and backward on it is an error.
-        exit_losses: [num_exits], each exit's own cross-entropy, unweighted and detached.
+        exit_losses: [num_exits], each exit's own cross-entropy, unweighted and detached. Of several ranks each
+            has its own part times the number of ranks: the mean over ranks is the loss of the whole batch.
         logits: None; logits are never materialised in training.
         router_losses: [num_exits], the auxiliary loss of each unit's routers, likewise; None for a model without.
     """
@@ -54,6 +57,7 @@ class LossSettings:
     feedback: Feedback
     label_smoothing: float
     z_loss: float
+    data_parallel: DataParallel | None = None
 
 
 @dataclass(kw_only=True)
@@ -153,6 +157,7 @@ class DeferredStep(TrainingStep):
             softcap=settings.readout.softcap,
             exit_index=exit_.index,
             first_row=batch.first_row,
+            data_parallel=settings.data_parallel,
         )
         self.losses.append(loss)
         self.objectives.append(loss + self.take_router_loss())
@@ -168,9 +173,11 @@ class StreamStep(TrainingStep):
 
     Attributes:
         loss_scale: what gradients are multiplied by, for loss scaling in fp16.
+        average: takes the means over ranks, where there are several.
     """
 
     loss_scale: Tensor | float = 1.0
+    average: GradientAverage | None = None
     is_in_backward: bool = False
 
     def __post_init__(self) -> None:
@@ -184,6 +191,7 @@ class StreamStep(TrainingStep):
         result = self.exit_step(exit_, normed)
         self.losses.append(result.loss)
         self._backward({normed: result.feedback, **self.router_grads(exit_)})
+        self._average_unit(exit_.index)
 
     def exit_step(self, exit_: Exit, normed: Tensor, *, is_trained: bool = True) -> ExitStep:
         """The exit's loss, unweighted; its dW, added to the sum; its feedback. Not trained, only the loss."""
@@ -207,6 +215,7 @@ class StreamStep(TrainingStep):
             exit_index=exit_.index,
             first_row=batch.first_row,
             need_feedback=is_trained and normed.requires_grad,
+            data_parallel=settings.data_parallel,
         )
         return replace(result, loss=result.loss / factor)
 
@@ -219,6 +228,8 @@ class StreamStep(TrainingStep):
         """Add dW to the parameters' gradients; the loss is for reading only."""
         self.weight_grad.fold()
         self.bias_grad.fold()
+        if self.average is not None:
+            self.average.finish()
         objectives = torch.stack(self.losses) + torch.stack(self.router_losses)
         return self._output(_readable(_weighted_sum(objectives, self.batch.weights)))
 
@@ -227,6 +238,10 @@ class StreamStep(TrainingStep):
         self.is_in_backward = True
         run_backward(grads)
         self.is_in_backward = False
+
+    def _average_unit(self, index: int) -> None:
+        if self.average is not None:
+            self.average.start(index)
 
 
 def run_backward(grads: Mapping[Tensor, Tensor | None]) -> None:

@@ -1,0 +1,257 @@
+"""Local training on several ranks: the parameters are those that one process reaches on the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from helpers.ranks import run_ranks
+from local.decoders import VOCAB, WIDTH, build, gradients
+from local.rules import RULES, attached
+from localexit import DataParallel
+from localexit.local import LocalModel, attach
+
+ROWS, LENGTH = 8, 7
+
+
+def batches(num: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Whole batches; most labels of the first rows are left out, so that ranks have different numbers of them."""
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(num):
+        ids = torch.randint(VOCAB, (ROWS, LENGTH), generator=generator)
+        labels = ids.clone()
+        labels[: ROWS // 4, 2:] = -100
+        yield ids, labels
+
+
+def wrap_blocks(model: nn.Module, wrapper: str) -> None:
+    (blocks,) = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    for index, block in enumerate(blocks):
+        if wrapper == "fully_shard":
+            fully_shard(block)
+        elif wrapper == "DDP":
+            blocks[index] = DistributedDataParallel(block)
+
+
+def gradients_of(step: str, local: LocalModel, ids: Tensor, labels: Tensor, *, accumulate: int) -> Tensor:
+    """Gradients of this rank's part of the batch, in micro-batches of which all ranks have a part; the losses."""
+    ranks = local.data_parallel
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    num_items = (labels[:, 1:] != -100).sum() if accumulate > 1 else None
+    total = torch.zeros(local.num_exits, dtype=torch.float64)
+    for number, (some_ids, some_labels) in enumerate(zip(ids.chunk(accumulate), labels.chunk(accumulate), strict=True)):
+        is_last = number == accumulate - 1
+        with nullcontext() if is_last or step != "no_sync" else local.no_sync():
+            output = local(some_ids.chunk(size)[rank], some_labels.chunk(size)[rank], num_items=num_items)
+        if local.backward_mode == "deferred":
+            output.loss.backward()
+        total += output.exit_losses
+    if local.backward_mode == "deferred":
+        local.average_gradients()
+    return total if ranks is None else ranks.mean(total)
+
+
+def trained(
+    name: str,
+    *,
+    num_steps: int,
+    wrapper: str = "",
+    backward: str = "stream",
+    dtype: torch.dtype = torch.float64,
+    accumulate: int = 1,
+    step: str = "",
+    is_alone: bool = False,
+    decoder: str = "plain",
+) -> dict[str, Tensor]:
+    """Parameters, state and last losses after some steps; clipping included."""
+    # Ranks start differently on purpose: attach() makes them equal.
+    ranks = None if is_alone else DataParallel()
+    model = build(decoder, seed=0 if ranks is None else ranks.rank).to(dtype)
+    if wrapper:
+        # What is sharded already is one model: it starts equal.
+        model = build(decoder).to(dtype)
+        wrap_blocks(model, wrapper)
+    local = attached(model, name, dtype=dtype, backward=backward, data_parallel=ranks)
+    optimizer = torch.optim.SGD(local.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    losses = torch.empty(0)
+    for ids, labels in batches(num_steps):
+        losses = gradients_of(step, local, ids, labels, accumulate=accumulate)
+        local.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        local.update()
+    tensors = {"losses": losses} | dict(local.named_parameters()) | dict(local.feedback.named_buffers())
+    return {key.replace("module.", ""): whole(tensor) for key, tensor in tensors.items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def assert_same(ranks: list[dict[str, Tensor]], alone: dict[str, Tensor], **tolerance: float) -> None:
+    for tensors in ranks:
+        assert tensors.keys() == alone.keys()
+        for key, expected in alone.items():
+            torch.testing.assert_close(tensors[key], expected, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+
+
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def on_ranks(rules: tuple[str, ...], options: dict[str, Any]) -> list[dict[str, Tensor]]:
+    return [trained(name, **options) for name in rules]
+
+
+def check(num_ranks: int, rules: tuple[str, ...], tolerance: dict[str, float], **options: Any) -> None:
+    """Every rule with these options, on ranks and in one process."""
+    by_rank = run_ranks(on_ranks, num_ranks, rules, options, timeout=120)
+    alone = {key: value for key, value in options.items() if key != "wrapper"}
+    for index, name in enumerate(rules):
+        expected = trained(name, is_alone=True, **alone)
+        assert_same([results[index] for results in by_rank], expected, **tolerance)
+
+
+def test_two_ranks_train_like_one_process() -> None:
+    check(2, ("mirror_sampled", "anchors"), EXACT, num_steps=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("backward", ["stream", "deferred"])
+def test_every_rule(num_ranks: int, backward: str) -> None:
+    check(num_ranks, RULES, EXACT, num_steps=20, backward=backward)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_every_rule_in_single_precision(num_ranks: int) -> None:
+    check(num_ranks, RULES, {"rtol": 1e-5, "atol": 1e-6}, num_steps=20, dtype=torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["DDP", "fully_shard"])
+@pytest.mark.parametrize("backward", ["stream", "deferred"])
+def test_blocks_wrapped_one_by_one(wrapper: str, backward: str) -> None:
+    check(2, ("mirror_sampled", "dense"), EXACT, num_steps=5, wrapper=wrapper, backward=backward)
+    check(2, ("mirror",), EXACT, num_steps=5, wrapper=wrapper, backward=backward, accumulate=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["", "no_sync"])
+@pytest.mark.parametrize("backward", ["stream", "deferred"])
+def test_accumulation(step: str, backward: str) -> None:
+    check(2, ("anchors", "transport_sampled"), EXACT, num_steps=4, backward=backward, accumulate=4, step=step)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_of_transformers() -> None:
+    check(2, ("mirror_sampled",), EXACT, num_steps=3, wrapper="fully_shard", decoder="llama")
+
+
+def ddp_around(backward: str) -> dict[str, Tensor]:
+    ranks = DataParallel()
+    local = attached(build("plain"), "anchors", dtype=torch.float64, backward=backward, data_parallel=ranks)
+    wrapped = DistributedDataParallel(local)
+    for ids, labels in batches(1):
+        wrapped(ids.chunk(2)[ranks.rank], labels.chunk(2)[ranks.rank]).loss.backward()
+    return gradients(local)
+
+
+def refused_ddp() -> None:
+    with pytest.raises(ValueError, match="ranks would train apart. Pass data_parallel="):
+        ddp_around("stream")
+
+
+def test_one_ddp_around_a_streaming_model_is_refused() -> None:
+    run_ranks(refused_ddp, 2)
+
+
+@pytest.mark.slow
+def test_one_ddp_around_a_deferred_model() -> None:
+    local = attached(build("plain"), "anchors", dtype=torch.float64)
+    for ids, labels in batches(1):
+        local(ids, labels).loss.backward()
+    assert_same(run_ranks(ddp_around, 2, "deferred"), gradients(local), **EXACT)
+
+
+class Choosy(nn.Module):
+    """A block with one matrix for even and one for odd batches: a rank's tokens reach only one of them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.even, self.odd = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + (self.odd if dist.get_rank() else self.even)(hidden)
+
+
+class ChoosyDecoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.blocks = nn.ModuleList(Choosy(WIDTH) for _ in range(2))
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden)
+
+
+def refused_sharding() -> None:
+    model = ChoosyDecoder()
+    fully_shard(model)
+    with pytest.raises(ValueError, match="call fully_shard\\(\\) on its blocks one by one"):
+        attach(model, data_parallel=DataParallel())
+
+
+def test_a_model_sharded_as_a_whole_is_refused() -> None:
+    run_ranks(refused_sharding, 1)
+
+
+def loss_in_bf16() -> Tensor:
+    """Losses after two steps under autocast, with sharded blocks."""
+    ranks = DataParallel() if dist.is_initialized() else None
+    model = build("plain").float()
+    if ranks is not None:
+        wrap_blocks(model, "fully_shard")
+    local = attached(model, "mirror", backward="stream", data_parallel=ranks)
+    optimizer = torch.optim.SGD(local.parameters(), lr=0.1, foreach=False)
+    losses = torch.empty(0)
+    for ids, labels in batches(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = gradients_of("", local, ids, labels, accumulate=1)
+        optimizer.step()
+        local.update()
+    return losses
+
+
+@pytest.mark.slow
+def test_bf16_autocast() -> None:
+    alone = loss_in_bf16()
+    for losses in run_ranks(loss_in_bf16, 2):
+        torch.testing.assert_close(losses, alone, rtol=0.01, atol=0.0)
+
+
+def gradients_of_unreached() -> dict[str, Tensor]:
+    local = attach(ChoosyDecoder(), feedback="transport", backward="stream", data_parallel=DataParallel())
+    for ids, labels in batches(1):
+        local(ids, labels)
+    return gradients(local)
+
+
+def test_parameters_that_one_rank_does_not_reach() -> None:
+    first, second = run_ranks(gradients_of_unreached, 2)
+    assert first.keys() == second.keys() == dict(ChoosyDecoder().named_parameters(prefix="model")).keys()
+    assert all(first[name].any() for name in first)
+    assert_same([first], second, rtol=0, atol=0)
