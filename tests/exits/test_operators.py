@@ -616,7 +616,7 @@ class TestOpcheck:
     def test_scale_gradients(self, bias: Tensor | None, dtype: torch.dtype) -> None:
         hidden, weight = torch.randn(7, 3).to(dtype), torch.randn(5, 3).to(dtype)
         grads = (torch.randn(7, 3), torch.randn(5, 3), torch.empty(0) if bias is None else torch.randn(5))
-        torch.library.opcheck(scale_gradients, (torch.tensor(2.0), *grads, hidden, weight, bias))
+        torch.library.opcheck(scale_gradients, (torch.tensor(2.0), *grads, hidden, weight, bias, "torch"))
 
     @pytest.mark.parametrize(("need_weight", "need_bias"), [(True, True), (True, False), (False, True)])
     def test_tiled_gradients(self, need_weight: bool, need_bias: bool) -> None:

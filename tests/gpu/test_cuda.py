@@ -15,7 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from localexit import Feedback, WeightMirror, attach, exit_cross_entropy, exit_step, feedback_names, make_feedback
+from localexit import (
+    ExitStep,
+    Feedback,
+    WeightMirror,
+    attach,
+    exit_cross_entropy,
+    exit_step,
+    feedback_names,
+    make_feedback,
+)
+from localexit.exits.functional import WeightGrad
 from localexit.exits.reference import reference_exit
 from localexit.feedback import RULES
 
@@ -203,3 +213,58 @@ def test_local_training_under_autocast(mode: str) -> None:
         local.update()
         losses.append(output.exit_losses.float().cpu())
     assert (losses[-1] < losses[0] - 1.0).all()
+
+
+@pytest.mark.parametrize(("backend", "name"), BACKENDS)
+def test_two_runs_are_bitwise_the_same(backend: str, name: str) -> None:
+    case = make_case()
+    once, again = (run(case, make_rule(name).cuda(), torch.bfloat16, backend=backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("weight_grad", ["exact", "filtered"])
+@pytest.mark.parametrize("name", ["dense", "anchors", "mirror_sampled"])
+def test_a_step_can_be_captured_in_a_graph(name: str, weight_grad: WeightGrad) -> None:
+    case, rule = make_case(), make_rule(name).cuda()
+    hidden, weight, target = (case[key].cuda() for key in ("hidden", "weight", "target"))
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    total = torch.zeros(VOCAB, HIDDEN, device="cuda")
+
+    def step() -> ExitStep:
+        return exit_step(hidden, weight, target, feedback=rule, grad_weight=total, weight_grad=weight_grad)
+
+    expected = step()
+    wanted = total.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # On a side stream, and once before the capture.
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    total.zero_()
+    graph.replay()
+    assert torch.equal(total, wanted)
+    assert torch.equal(captured.loss, expected.loss)
+    assert expected.feedback is not None
+    assert captured.feedback is not None
+    assert torch.equal(captured.feedback, expected.feedback)
+
+
+@pytest.mark.parametrize("name", ["dense", "mirror_sampled"])
+def test_a_filtered_dw_on_the_kernels_equals_the_plain_one(name: str) -> None:
+    case = make_case()
+    case["hidden"] = case["hidden"] + 3 * case["weight"][case["target"].clamp_min(0)]
+    results = {
+        (backend, kind): run(case, make_rule(name).cuda(), torch.float32, backend=backend, weight_grad=kind)
+        for backend, kind in (("triton", "filtered"), ("torch", "filtered"), ("torch", "exact"))
+    }
+    loss, feedback, weight_grad, bias_grad = results["triton", "filtered"]
+    plain, exact = results["torch", "filtered"], results["torch", "exact"]
+    assert relative(weight_grad, plain[2].double().cpu()) < 1e-4
+    assert relative(weight_grad, exact[2].double().cpu()) > 1e-4
+    assert relative(bias_grad, exact[3].double().cpu()) < 1e-4
+    assert torch.allclose(loss, exact[0])
+    assert relative(feedback, exact[1].double().cpu()) < 5e-2

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from localexit.exits.chunked import plain_scaled
 from localexit.exits.loss import LossOptions, loss_and_error
 from localexit.feedback.base import Error
-from localexit.kernels.launch import error_pass, select, weighted_rows
+from localexit.kernels.launch import error_pass, error_rows, scaled, select, weighted_rows
 
 # The interpreter computes with numpy, which warns of the infinities that the kernels rely on.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
@@ -134,3 +135,22 @@ def test_weighted_rows_equals_the_plain_step() -> None:
     rows = torch.randn(50, 33, generator=generator)
     expected = (weights[..., None] * rows[ids]).sum(1)
     assert far(weighted_rows(ids, weights, rows), expected) < 1e-6
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2047, 2048, 4095, 8191, 8192, 10**6])
+def test_the_rows_of_a_program_leave_enough_programs(num_rows: int) -> None:
+    rows = error_rows(num_rows)
+    assert rows in (4, 8, 16)
+    assert rows == 4 or num_rows // rows >= 512
+    assert rows == 16 or num_rows // (2 * rows) < 512
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (7, 5), (70, 100)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_equals_the_plain_step(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    source, factor = torch.randn(*shape), torch.tensor(0.3)
+    for given in (source, source.T):
+        got = scaled(given, factor, dtype)
+        assert got.dtype == dtype
+        # The interpreter cuts a number off where a GPU rounds it.
+        torch.testing.assert_close(got, plain_scaled(given, factor, dtype), rtol=torch.finfo(dtype).eps, atol=0.0)

@@ -121,6 +121,7 @@ class Stages:
         add_filtered_weight_grad: the same from the groups of entries that matter.
         view: makes the rule's view of the error from values, scale and what the rows yielded.
         feedback: calls the rule.
+        scaled: a finished gradient times a 0-dim factor, in a dtype.
         has_bias: whether `logits` adds the bias; else `loss_and_error` does.
         buffer_dtype: dtype of the buffer, for a call.
         value_dtype: dtype of the values in the products with the error, for a call.
@@ -135,6 +136,7 @@ class Stages:
     add_filtered_weight_grad: Callable[[Tensor | None, Tensor, Tensor, Tensor, RowResult], Tensor]
     view: Callable[[Tensor, Tensor, RowResult], Error]
     feedback: Callable[[Feedback, Error, Tokens, tuple[Tensor, ...]], Tensor]
+    scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor]
     has_bias: bool
     buffer_dtype: Callable[[LossCall], torch.dtype]
     value_dtype: Callable[[LossCall], torch.dtype]
@@ -187,6 +189,11 @@ def call_rule(rule: Feedback, error: Error, tokens: Tokens, prepared: tuple[Tens
     return feedback
 
 
+def plain_scaled(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`factor * source` in `dtype`."""
+    return (factor * source).to(dtype)
+
+
 def _sum_dtype(call: LossCall) -> torch.dtype:
     return accumulate_dtype(call.compute_dtype)
 
@@ -208,6 +215,7 @@ PLAIN = Stages(
     add_filtered_weight_grad=add_filtered_weight_grad,
     view=plain_view,
     feedback=call_rule,
+    scaled=plain_scaled,
     has_bias=True,
     buffer_dtype=_sum_dtype,
     value_dtype=_plain_value_dtype,

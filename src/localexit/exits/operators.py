@@ -7,7 +7,7 @@ travels as its `spec()` and its tensors.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -175,16 +175,18 @@ def scale_gradients(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Finished gradients times the scalar upstream gradient, in the dtypes of what they are gradients of.
 
     hidden, weight and bias are here to be differentiated through: asking for that is an error, not a silent zero.
     """
+    scaled = stages_of(backend).scaled
     bias_like = weight if bias is None else bias
     return (
-        (upstream * feedback).to(hidden.dtype),
-        (upstream * weight_grad).to(weight.dtype),
-        (upstream * bias_grad).to(bias_like.dtype),
+        scaled(feedback, upstream, hidden.dtype),
+        scaled(weight_grad, upstream, weight.dtype),
+        scaled(bias_grad, upstream, bias_like.dtype),
     )
 
 
@@ -197,6 +199,7 @@ def _scale_gradients_fake(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     bias_like = weight if bias is None else bias
     return (
@@ -289,6 +292,26 @@ def _tiled_gradients_fake(
 tiled_gradients.register_autograd(_refuse_double_backward)
 
 
+class _Settings(NamedTuple):
+    """The operator's arguments after the draws, in their order."""
+
+    rule: str
+    compute_dtype: torch.dtype
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    chunk_bytes: int | None
+    is_summed: bool
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+    need_stats: bool
+    backend: str
+    preset: str
+    is_filtered: bool
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     hidden, weight, bias, target, row_weight, state, *draws_and_rest = inputs
     draws, rest = draws_and_rest[:_NUM_DRAWS], draws_and_rest[_NUM_DRAWS:]
@@ -297,26 +320,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     # Else the backward is handed a zero for every output without a gradient, one of them as large as the weight.
     ctx.set_materialize_grads(False)
     ctx.num_state = len(state)
-    ctx.rest = rest
-    ctx.is_summed = rest[7]
-    ctx.needs = rest[8:11]
-    again = grads if ctx.is_summed else (*draws, *state)
+    ctx.settings = _Settings(*rest)
+    again = grads if ctx.settings.is_summed else (*draws, *state)
     ctx.save_for_backward(hidden, weight, bias, target, row_weight, row_loss, lse, *again)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
-    nothing = (None,) * (_NUM_DRAWS + len(ctx.rest))
+    settings: _Settings = ctx.settings
+    nothing = (None,) * (_NUM_DRAWS + len(settings))
     if upstream is None:
         return (None, None, None, None, None, [None] * ctx.num_state, *nothing)
     hidden, weight, bias, target, row_weight, row_loss, lse, *again = ctx.saved_tensors
-    if ctx.is_summed:
-        grads = scale_gradients(upstream, *again, hidden, weight, bias)
+    if settings.is_summed:
+        grads = scale_gradients(upstream, *again, hidden, weight, bias, settings.backend)
     else:
         grads = _recompute(ctx, hidden, weight, bias, target, upstream * row_weight, again)
     hidden_grad, weight_grad, bias_grad = grads
-    need_hidden, need_weight, need_bias = ctx.needs
-    _, compute_dtype, ignore_index, label_smoothing, z_loss, softcap, *_, backend, preset, _ = ctx.rest
-    if preset == "memory" and (need_weight or need_bias):
+    if settings.preset == "memory" and (settings.need_weight or settings.need_bias):
         weight_grad, bias_grad = tiled_gradients(
             hidden,
             weight,
@@ -324,19 +344,19 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
             target,
             upstream * row_weight,
             lse,
-            compute_dtype,
-            ignore_index,
-            label_smoothing,
-            z_loss,
-            softcap,
-            need_weight,
-            need_bias,
-            backend,
+            settings.compute_dtype,
+            settings.ignore_index,
+            settings.label_smoothing,
+            settings.z_loss,
+            settings.softcap,
+            settings.need_weight,
+            settings.need_bias,
+            settings.backend,
         )
     return (
-        hidden_grad if need_hidden else None,
-        weight_grad if need_weight else None,
-        bias_grad if need_bias else None,
+        hidden_grad if settings.need_hidden else None,
+        weight_grad if settings.need_weight else None,
+        bias_grad if settings.need_bias else None,
         None,
         upstream * row_loss if ctx.needs_input_grad[4] else None,
         [None] * ctx.num_state,
@@ -349,11 +369,10 @@ def _recompute(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for one upstream number a token: the exit once more, with that as the row weight."""
     draws, state = again[:_NUM_DRAWS], again[_NUM_DRAWS:]
-    rest = list(ctx.rest)
-    rest[7] = True
+    settings = ctx.settings._replace(is_summed=True)
     with torch.no_grad():
-        outputs = exit_loss(hidden, weight, bias, target, row_weight, state, *draws, *rest)
-    return scale_gradients(row_weight.new_ones(()), *outputs[7:], hidden, weight, bias)
+        outputs = exit_loss(hidden, weight, bias, target, row_weight, state, *draws, *settings)
+    return scale_gradients(row_weight.new_ones(()), *outputs[7:], hidden, weight, bias, ctx.settings.backend)
 
 
 exit_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -11,11 +11,21 @@ from torch import Tensor
 from localexit.exits.loss import LossOptions
 from localexit.feedback.groups import GROUP
 from localexit.kernels.filtered import list_rows_kernel, listed_weight_grad_kernel
-from localexit.kernels.rows import error_kernel, repair_kernel, tile_error_kernel
+from localexit.kernels.rows import error_kernel, repair_kernel, scale_kernel, tile_error_kernel
 from localexit.kernels.select import select_kernel, weighted_rows_kernel
 
-# Rows a program of the error pass: with pipelined loads it runs at the speed of a copy (docs/performance.md).
-_ERROR_ROWS = 16
+# Rows a program of the tiles' error.
+_TILE_ROWS = 4
+# With fewer programs than this a GPU is not filled.
+_MANY_PROGRAMS = 512
+
+
+def error_rows(num_rows: int) -> int:
+    """Rows a program of the error pass: as many as leave enough programs.
+
+    With 16 rows and pipelined loads the pass runs at the speed of a copy; see docs/performance.md.
+    """
+    return next((rows for rows in (16, 8) if num_rows >= rows * _MANY_PROGRAMS), 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +85,14 @@ def error_pass(
         "GROUP": GROUP,
     }
     softcap = options.softcap or 1.0
-    error_kernel[(triton.cdiv(num_rows, _ERROR_ROWS),)](
+    rows_each = error_rows(num_rows)
+    error_kernel[(triton.cdiv(num_rows, rows_each),)](
         logits, logits.stride(0), logits if bias is None else bias, target,
         num_rows, vocab_size, num_groups, options.label_smoothing, options.z_loss, softcap,
         result.loss, result.lse, result.log_prob, result.scale, gold_logit, is_rare, result.argmax, result.entropy,
         result.group_max, result.group_sum,
         HAS_BIAS=bias is not None, SOFTCAP=options.softcap is not None,
-        ROWS=_ERROR_ROWS, STAGES=3, num_warps=4, **flags,
+        ROWS=rows_each, STAGES=3, num_warps=rows_each // 4, **flags,
     )  # fmt: skip
     repair_kernel[(num_rows,)](
         logits, logits.stride(0), target, vocab_size, num_groups,
@@ -135,12 +146,24 @@ def tile_error(
     num_rows, num_columns = logits.shape
     if num_rows == 0:
         return
-    block = min(1024, triton.next_power_of_2(num_columns))
-    tile_error_kernel[(num_rows, triton.cdiv(num_columns, block))](
-        logits, logits.stride(0), logits if bias is None else bias, target, lse, is_counted, num_columns,
+    block = min(512, triton.next_power_of_2(num_columns))
+    tile_error_kernel[(triton.cdiv(num_rows, _TILE_ROWS), triton.cdiv(num_columns, block))](
+        logits, logits.stride(0), logits if bias is None else bias, target, lse, is_counted, num_rows, num_columns,
         vocab_size, options.label_smoothing, options.z_loss, options.softcap or 1.0,
-        HAS_BIAS=bias is not None, SOFTCAP=options.softcap is not None, BLOCK=block, num_warps=4,
+        HAS_BIAS=bias is not None, SOFTCAP=options.softcap is not None, ROWS=_TILE_ROWS, BLOCK=block, num_warps=4,
     )  # fmt: skip
+
+
+def scaled(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`factor * source` in `dtype`, for a 0-dim factor: PyTorch's own product with one is three times as slow."""
+    source = source.contiguous()
+    out = torch.empty_like(source, dtype=dtype)
+    block = 4096
+    if source.numel():
+        scale_kernel[(triton.cdiv(source.numel(), block),)](
+            source, factor, out, source.numel(), BLOCK=block, num_warps=8
+        )
+    return out
 
 
 def add_listed_weight_grad(

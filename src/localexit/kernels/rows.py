@@ -191,21 +191,35 @@ def repair_kernel(
 
 @triton.jit
 def tile_error_kernel(
-    logits, stride, bias, target, lse, is_counted, num_columns, vocab_size, smoothing, z_loss, softcap,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    logits, stride, bias, target, lse, is_counted, num_rows, num_columns, vocab_size, smoothing, z_loss, softcap,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The error of a tile of columns for row weight one, in place; one program a row and BLOCK columns."""
-    index = tl.program_id(0).to(tl.int64)
+    """The error of a tile of columns for row weight one, in place; one program ROWS rows and BLOCK columns."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_inside = rows < num_rows
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < num_columns
-    z = tl.load(logits + index * stride + cols, mask=inside, other=0.0).to(tl.float32)
+    col_inside = cols < num_columns
+    inside = row_inside[:, None] & col_inside[None, :]
+    pointers = logits + rows[:, None] * stride + cols[None, :]
+    z = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        z += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+        z += tl.load(bias + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
     z, slope = _cap(z, softcap, SOFTCAP)
-    row_lse = tl.load(lse + index)
-    gold = tl.load(target + index)
+    row_lse = tl.load(lse + rows, mask=row_inside, other=0.0)
+    gold = tl.load(target + rows, mask=row_inside, other=0)
     a = 1 + 2 * z_loss * row_lse
-    error = a * tl.exp(z - row_lse) - smoothing / vocab_size - tl.where(cols == gold, 1 - smoothing, 0.0)
+    error = a[:, None] * tl.exp(z - row_lse[:, None]) - smoothing / vocab_size
+    error -= tl.where(cols[None, :] == gold[:, None], 1 - smoothing, 0.0)
     # Selected, not multiplied: a row that does not count may hold anything.
-    error = tl.where(tl.load(is_counted + index) != 0, error * slope, 0.0)
-    tl.store(logits + index * stride + cols, error.to(logits.dtype.element_ty), mask=inside)
+    counts = tl.load(is_counted + rows, mask=row_inside, other=0) != 0
+    error = tl.where(counts[:, None], error * slope, 0.0)
+    tl.store(pointers, error.to(logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scale_kernel(source, factor, out, num_entries, BLOCK: tl.constexpr):
+    """out = factor * source, the product in fp32 and rounded once; factor is a number on the device."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < num_entries
+    value = tl.load(source + index, mask=inside, other=0.0).to(tl.float32) * tl.load(factor).to(tl.float32)
+    tl.store(out + index, value.to(out.dtype.element_ty), mask=inside)

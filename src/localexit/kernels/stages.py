@@ -10,7 +10,7 @@ from torch import Tensor
 from localexit.exits.chunked import FILTER_THRESHOLD, LossCall, Stages, add_weight_grad, call_rule, plain_logits
 from localexit.exits.loss import LossOptions, RowResult
 from localexit.feedback.base import Error
-from localexit.kernels.launch import add_listed_weight_grad, error_pass, select, tile_error, weighted_rows
+from localexit.kernels.launch import add_listed_weight_grad, error_pass, scaled, select, tile_error, weighted_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,7 @@ TRITON = Stages(
     add_filtered_weight_grad=_add_filtered_weight_grad,
     view=_grouped_view,
     feedback=call_rule,
+    scaled=scaled,
     has_bias=False,
     buffer_dtype=_compute_dtype,
     value_dtype=_compute_dtype,
