@@ -175,7 +175,7 @@ def add_listed_weight_grad(
     scale: Tensor,
     threshold: float,
 ) -> Tensor:
-    """`total + valuesᵀ @ scaled_hidden` over the groups of `values` [n, V] that matter, in place where there is a total.
+    """`total + valuesᵀ @ scaled_hidden` from the groups of values [n, V] that matter, in place where there is a total.
 
     Args:
         total: [V, D], or None to make one in the dtype of the values.

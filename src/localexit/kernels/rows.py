@@ -218,7 +218,7 @@ def tile_error_kernel(
 
 @triton.jit
 def scale_kernel(source, factor, out, num_entries, BLOCK: tl.constexpr):
-    """out = factor * source, the product in fp32 and rounded once; factor is a number on the device."""
+    """`out = factor * source`, the product in fp32 and rounded once; factor is a number on the device."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < num_entries
     value = tl.load(source + index, mask=inside, other=0.0).to(tl.float32) * tl.load(factor).to(tl.float32)
