@@ -29,12 +29,36 @@ ROOMS: dict[str, set[str]] = {
     "train": {"_checks", "_rules", "_values", "feedback", "exits", "local"},
     "report": {"_checks", "_text", "feedback"},
     "bench": {"_rules", "_values", "feedback", "exits", "train", "report"},
+    "compare": {
+        "_checks",
+        "_rules",
+        "_text",
+        "_values",
+        "feedback",
+        "exits",
+        "local",
+        "train",
+        "measure",
+        "report",
+        "bench",
+    },
 }
 # The choice of a backend is made where exits are called, and only when one is asked for.
 LAZY: dict[str, set[str]] = {"_checks": {"feedback"}, "exits": {"kernels"}}
 # What the command imports before it has work to do.
 LIGHT = ("localexit", "localexit.cli", "localexit.train.preflight", "localexit.train.sampling", "localexit.bench")
-HEAVY = ("triton", "transformers", "tokenizers", "matplotlib", "jinja2", "tyro", "rich", "tensorboard", "datasets")
+HEAVY = (
+    "triton",
+    "transformers",
+    "tokenizers",
+    "matplotlib",
+    "jinja2",
+    "tyro",
+    "rich",
+    "tensorboard",
+    "datasets",
+    "scipy",
+)
 
 
 def room_of(path: Path) -> str:

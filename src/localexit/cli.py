@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import sys
 import traceback
@@ -19,6 +20,7 @@ from localexit import _values
 from localexit._rules import feedback_names
 from localexit._text import visible
 from localexit.bench import BenchConfig
+from localexit.compare.plans import PlanName
 from localexit.train.config import FeedbackSpec, TrainConfig
 
 BAD_INPUT = 2
@@ -143,6 +145,67 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Train methods × seeds × budgets on the same text, initialisation and order of tokens, and show what differs.
+
+    A method is a feedback rule or a control (backprop, backprop_all, direct, frozen), with its options and settings as
+    in mirror_sampled:topk=8@lr=0.002. Cells that are there already are not trained again.
+
+    Attributes:
+        preset: what to train, see docs/results.md.
+        methods: in place of the preset's.
+        seeds: in place of the preset's.
+        budgets: optimiser steps, in place of the preset's.
+        output: folder for cells.jsonl and the page; runs/compare-PRESET by default.
+        merge: folders or files with cells of other machines, taken in first.
+        processes: cells trained at a time.
+        device: auto, cpu, cuda, …; the preset's by default.
+        max_minutes: stop by then; the same command goes on.
+        commit: of the sources, where git cannot be asked.
+        train: off only shows what is there.
+    """
+
+    preset: PlanName = "b0"
+    methods: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    budgets: tuple[int, ...] = ()
+    output: Path | None = None
+    merge: tuple[Path, ...] = ()
+    processes: int = 1
+    device: str | None = None
+    max_minutes: float | None = None
+    commit: str | None = None
+    train: bool = True
+
+    def execute(self) -> int:
+        """Train, then print the tables and the page's path; 1 while cells are missing."""
+        from localexit.compare.plans import PLANS, jobs
+
+        plan = PLANS[self.preset]
+        wanted = jobs(
+            plan,
+            methods=self.methods,
+            seeds=self.seeds,
+            budgets=self.budgets,
+            device=self.device,
+            commit=self.commit,
+        )
+        _values.count("processes", self.processes, minimum=1)
+        from rich.console import Console
+
+        from localexit.compare.command import Comparison
+
+        comparison = Comparison(
+            jobs=wanted if self.train else (),
+            output=self.output or Path("runs") / f"compare-{self.preset}",
+            merge=self.merge,
+            num_processes=self.processes,
+            max_minutes=math.inf if self.max_minutes is None else self.max_minutes,
+        )
+        return FAILED if comparison.run(Console()) else 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Audit:
     """Check that a model trains locally and without weight transport: what passes, what was measured.
 
@@ -234,6 +297,7 @@ Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )

@@ -64,12 +64,11 @@ class FeedbackSpec:
         Raises:
             ValueError: not of that form, or an unknown rule or option.
         """
-        name, _, rest = text.partition(":")
-        pairs = [part.partition("=") for part in rest.split(",")] if rest else []
-        for key, equals, value in pairs:
-            if not (key and equals and value):
-                raise ValueError(f"feedback must be NAME or NAME:OPTION=VALUE,…, got {text!r}")
-        return cls(name=name, options=tuple((key.strip(), _scalar(value.strip())) for key, _, value in pairs))
+        name, _, options = text.partition(":")
+        try:
+            return cls(name=name, options=parse_options(options))
+        except SyntaxError:
+            raise ValueError(f"feedback must be NAME or NAME:OPTION=VALUE,…, got {text!r}") from None
 
     def build(self, *, hidden_size: int, vocab_size: int, seed: int) -> Feedback:
         """The rule for an unembedding [vocab_size, hidden_size].
@@ -88,7 +87,8 @@ class TrainConfig:
 
     Attributes:
         data: text to train on: stdlib, docstrings, a file or folder, or hf:NAME.
-        model: a preset (tiny, mini, demo, small, medium), a local folder, or a hub name OWNER/NAME.
+        model: a preset (tiny, mini, demo, small, medium; small-256, small-768 and small-1024 differ from small
+            in their width), a local folder, or a hub name OWNER/NAME.
         vocab_size: tokens in the vocabulary learned from the text; the preset's own by default.
         feedback: the rule, alone or with options of its own.
         exits: which blocks have one: every, every:K, or indices such as 1,3,5; the last block always has.
@@ -243,6 +243,18 @@ def exit_indices(exits: str) -> str | tuple[int, ...]:
         return tuple(int(part) for part in exits.split(","))
     except ValueError:
         raise ValueError(f"exits must be 'every', 'every:K' or block indices such as 1,3,5, got {exits!r}") from None
+
+
+def parse_options(text: str) -> tuple[tuple[str, Any], ...]:
+    """Read `OPTION=VALUE,OPTION=VALUE`; values are numbers, true, false, null or text.
+
+    Raises:
+        SyntaxError: not of that form.
+    """
+    pairs = [part.partition("=") for part in text.split(",")] if text else []
+    if not all(key and equals and value for key, equals, value in pairs):
+        raise SyntaxError(f"expected OPTION=VALUE,…, got {text!r}")
+    return tuple((key.strip(), _scalar(value.strip())) for key, _, value in pairs)
 
 
 def _scalar(text: str) -> Any:

@@ -26,7 +26,10 @@ PRESETS: dict[str, Preset] = {
     "tiny": Preset(num_blocks=2, hidden_size=64, num_heads=2, vocab_size=512),
     "mini": Preset(num_blocks=3, hidden_size=128, num_heads=4, vocab_size=2048),
     "demo": Preset(num_blocks=4, hidden_size=192, num_heads=6, vocab_size=2048),
+    "small-256": Preset(num_blocks=6, hidden_size=256, num_heads=4, vocab_size=16384),
     "small": Preset(num_blocks=6, hidden_size=512, num_heads=8, vocab_size=16384),
+    "small-768": Preset(num_blocks=6, hidden_size=768, num_heads=12, vocab_size=16384),
+    "small-1024": Preset(num_blocks=6, hidden_size=1024, num_heads=16, vocab_size=16384),
     "medium": Preset(num_blocks=12, hidden_size=768, num_heads=12, vocab_size=32768),
 }
 

@@ -1,0 +1,199 @@
+"""One cell is one training run of a comparison, one JSON object, one line of `cells.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from localexit.train.cache import written_atomically
+from localexit.train.config import FREE_ON_RESUME
+
+FORMAT = 1
+FILE_NAME = "cells.jsonl"
+
+
+class Key(NamedTuple):
+    """What tells one cell from another: the model, the method as it is written, the seed, the optimiser steps."""
+
+    model: str
+    method: str
+    seed: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Validation of all exits after some step.
+
+    Attributes:
+        step, tokens: optimiser steps and training tokens so far.
+        loss: nats/token, first exit first.
+    """
+
+    step: int
+    tokens: int
+    loss: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What one run measured, and where.
+
+    Attributes:
+        method: as written.
+        config: of the run, as `TrainConfig.to_json()`.
+        status: "finished", or "diverged": a loss or gradient was not finite.
+        detail: why it diverged.
+        valid: over training.
+        diagnostics: per step, what `localexit.measure.diagnose` saw, as JSON.
+        step_seconds: median time of a step, validations and diagnostics left out.
+        wall_seconds: of the whole cell.
+        flops_per_token: in matrix products, of a training step.
+        exit_flops_per_token: the same of one exit, with the rule's own learning.
+        peak_bytes: most GPU memory allocated; None on a CPU.
+        feedback_bytes: codes and state of the rule.
+        num_parameters: of the model.
+        corpus: of the text, with its sha256.
+        versions, device, commit: what ran, and on what.
+        load_average: over one minute, before the first and after the last step: on a busy machine times say little.
+    """
+
+    method: str
+    config: Mapping[str, Any]
+    status: Literal["finished", "diverged"]
+    detail: str = ""
+    valid: tuple[Validation, ...]
+    diagnostics: tuple[Mapping[str, Any], ...] = ()
+    step_seconds: float
+    wall_seconds: float
+    flops_per_token: float
+    exit_flops_per_token: float
+    peak_bytes: int | None
+    feedback_bytes: int
+    num_parameters: int
+    corpus: Mapping[str, Any]
+    versions: Mapping[str, str]
+    device: str
+    commit: str
+    load_average: tuple[float, float]
+
+    @property
+    def key(self) -> Key:
+        """What tells it from others."""
+        return Key(self.config["model"], self.method, self.config["seed"], self.config["steps"])
+
+    @property
+    def loss(self) -> tuple[float, ...]:
+        """Last validation of every exit, nats/token; empty when it diverged."""
+        return self.valid[-1].loss if self.status == "finished" else ()
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, line: str) -> Cell:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: not a cell of this version.
+        """
+        try:
+            content = json.loads(line)
+            if content.pop("format") != FORMAT:
+                raise ValueError("another format")
+            content["valid"] = tuple(Validation(**{**v, "loss": tuple(v["loss"])}) for v in content["valid"])
+            content["diagnostics"] = tuple(content["diagnostics"])
+            content["load_average"] = tuple(content["load_average"])
+            return cls(**content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"cells: expected a cell that this version of localexit wrote, got {line[:60]!r}… ({error})"
+            ) from error
+
+
+def differing_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Fields that two configurations differ in, those aside that do not change a result; and the seed."""
+    names = {*mine, *theirs} - FREE_ON_RESUME - {"seed"}
+    return sorted(name for name in names if mine.get(name) != theirs.get(name))
+
+
+class CellFile:
+    """`cells.jsonl` of a folder: every finished cell, rewritten whole for each new one.
+
+    One process writes to a folder at a time; what several machines wrote in folders of their own is merged.
+
+    Args:
+        folder: made when the first cell is added.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE_NAME
+        self._cells = {cell.key: cell for cell in read_cells(self.path)} if self.path.is_file() else {}
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """All cells, in the order they were added."""
+        return tuple(self._cells.values())
+
+    def get(self, key: Key) -> Cell | None:
+        """The cell of that key."""
+        return self._cells.get(key)
+
+    def add(self, cells: Iterable[Cell]) -> None:
+        """Keep further cells; on disk when this returns.
+
+        Raises:
+            ValueError: another result for the same key is there already.
+        """
+        for cell in cells:
+            known = self._cells.get(cell.key)
+            if known is not None and known != cell:
+                raise ValueError(
+                    f"cells: expected one result for {_describe(cell.key)}, got two that differ; merge folders that "
+                    f"hold different cells"
+                )
+            self._cells[cell.key] = cell
+        with written_atomically(self.path) as partial:
+            partial.write_text("".join(f"{cell.to_json()}\n" for cell in self.cells), encoding="utf-8")
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """The cells of a file, or of the `cells.jsonl` of a folder.
+
+    Raises:
+        ValueError: there is no such file, or a line is no cell.
+    """
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(
+            f"cells: expected a {FILE_NAME} that `localexit compare` wrote, got {str(path)!r}: {error}"
+        ) from error
+    return [Cell.from_json(line) for line in lines]
+
+
+def check_one_setting(cells: Sequence[Cell]) -> None:
+    """Refuse cells of one method, model and budget that were trained with different settings or texts.
+
+    Raises:
+        ValueError: there are such cells.
+    """
+    first: dict[tuple[str, str, int], Cell] = {}
+    for cell in cells:
+        model, method, _, steps = cell.key
+        known = first.setdefault((model, method, steps), cell)
+        odd = differing_settings(known.config, cell.config)
+        if odd:
+            raise ValueError(
+                f"cells: expected one setting for {method!r} on {model!r} with {steps} steps, got two that differ in "
+                f"{', '.join(odd)}; keep them in different folders"
+            )
+
+
+def _describe(key: Key) -> str:
+    return f"method {key.method!r} on {key.model!r}, seed {key.seed}, {key.steps} steps"

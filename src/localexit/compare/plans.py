@@ -1,0 +1,250 @@
+"""What `localexit compare --preset NAME` trains: protocols, methods, seeds and budgets. Without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from typing import Any, Literal
+
+from localexit._rules import feedback_names
+from localexit.compare.cells import Key
+from localexit.compare.methods import BACKPROP, CONTROLS, EXACT, Method, method_names
+from localexit.train.config import TrainConfig
+from localexit.train.presets import PRESETS
+
+TUNED_FILE = "tuned.json"
+PlanName = Literal["b0", "b0-all", "b0-sweep", "b1", "b1-sweep", "b2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Methods × seeds × budgets on one model.
+
+    Attributes:
+        config: what all its runs share.
+        methods: as written.
+        seeds: of weights, batches, codes and draws.
+        budgets: optimiser steps.
+        lr_factor: what learning rates are multiplied by, tuned ones included.
+    """
+
+    config: TrainConfig
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    budgets: tuple[int, ...]
+    lr_factor: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A whole comparison.
+
+    Attributes:
+        meaning: what it is, for a reader.
+        stages: in the order they are trained.
+        num_validations: how often a run is validated, the last step included.
+        diagnose_at: shares of training after which the feedback is compared with the exact gradient.
+        diagnose_seeds: in runs with these seeds.
+        diagnose_tokens: over how many tokens.
+        tuned: whose tuned learning rates and sizes of W are used; empty for none.
+    """
+
+    meaning: str
+    stages: tuple[Stage, ...]
+    num_validations: int = 5
+    diagnose_at: tuple[float, ...] = ()
+    diagnose_seeds: tuple[int, ...] = (0,)
+    diagnose_tokens: int = 16384
+    tuned: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One cell to be trained.
+
+    Attributes:
+        method: as written.
+        config: of the run.
+        diagnose_steps: after which the feedback is compared with the exact gradient.
+        diagnose_tokens: over how many tokens.
+        commit: of the sources, where git cannot be asked.
+    """
+
+    method: str
+    config: TrainConfig
+    diagnose_steps: tuple[int, ...] = ()
+    diagnose_tokens: int = 16384
+    commit: str | None = None
+
+    @property
+    def key(self) -> Key:
+        """That of its cell."""
+        return Key(self.config.model, self.method, self.config.seed, self.config.steps)
+
+
+# M = D/4 in both sizes.
+SMALL_ANCHORS, LARGE_ANCHORS = "anchors:num_anchors=32", "anchors:num_anchors=128"
+MAIN = (EXACT, BACKPROP, "mirror", "mirror_sampled", SMALL_ANCHORS, "dense")
+LARGE_MAIN = (EXACT, BACKPROP, "mirror_sampled", LARGE_ANCHORS)
+_IN_MAIN = {Method.parse(text).name for text in MAIN}
+OTHER_RULES = tuple(name for name in feedback_names() if name not in _IN_MAIN)
+OTHER_CONTROLS = tuple(name for name in CONTROLS if name not in _IN_MAIN)
+
+_B0 = TrainConfig(
+    model="mini",
+    batch_size=8,
+    context=64,
+    steps=400,
+    warmup_steps=40,
+    lr=4e-3,
+    eval_tokens=16384,
+    device="cpu",
+    threads=1,
+)
+# Six blocks, D=512, V=16384, 64 × 256 tokens a step.
+_B1 = TrainConfig(
+    model="small",
+    batch_size=64,
+    context=256,
+    steps=400,
+    warmup_steps=40,
+    lr=1e-3,
+    eval_tokens=131072,
+)
+
+
+def _swept(methods: Sequence[str], learning_rates: Sequence[float], stds: Sequence[float]) -> tuple[str, ...]:
+    return tuple(
+        f"{method}@lr={lr:g},unembedding_std={std:g}" for std in stds for lr in learning_rates for method in methods
+    )
+
+
+def _ladder_stage(model: str) -> Stage:
+    """One width with as many tokens a block parameter as B1 has with 400 steps: steps grow with D²."""
+    relative = PRESETS[model].hidden_size / PRESETS[_B1.model].hidden_size
+    steps = round(400 * relative**2)
+    return Stage(
+        config=replace(_B1, model=model, steps=steps, warmup_steps=steps // 10),
+        methods=(EXACT, BACKPROP, "mirror_sampled"),
+        seeds=(0, 1, 2),
+        budgets=(steps,),
+        lr_factor=1 / relative,
+    )
+
+
+PLANS: dict[PlanName, Plan] = {
+    "b0": Plan(
+        meaning="3 blocks, D=128, V=2048, 400 steps of 512 tokens, on a CPU: the main methods",
+        stages=(Stage(config=_B0, methods=MAIN, seeds=(0, 1, 2, 3, 4), budgets=(400,)),),
+        diagnose_at=(0.1, 0.5, 1.0),
+        tuned="b0",
+    ),
+    "b0-all": Plan(
+        meaning="the setting of b0: every other rule and control",
+        stages=(Stage(config=_B0, methods=(*OTHER_RULES, *OTHER_CONTROLS), seeds=(0, 1, 2), budgets=(400,)),),
+        diagnose_at=(0.1, 0.5, 1.0),
+        tuned="b0",
+    ),
+    "b0-sweep": Plan(
+        meaning="the setting of b0: learning rates and sizes of W for every method",
+        stages=(
+            Stage(
+                config=_B0,
+                methods=_swept(method_names(), (1e-3, 2e-3, 4e-3, 8e-3), (0.02, 0.06, 0.18)),
+                seeds=(0,),
+                budgets=(400,),
+            ),
+        ),
+        num_validations=1,
+    ),
+    "b1": Plan(
+        meaning="6 blocks, D=512, V=16384, 64 × 256 tokens a step, on a GPU",
+        stages=(
+            Stage(config=_B1, methods=LARGE_MAIN, seeds=(0, 1, 2), budgets=(400, 1600)),
+            Stage(
+                config=_B1,
+                methods=("mirror", "dense:rank=512", *OTHER_RULES, *OTHER_CONTROLS, "transport@exits=every:3"),
+                seeds=(0,),
+                budgets=(400,),
+            ),
+            Stage(config=_B1, methods=(EXACT, "mirror_sampled", LARGE_ANCHORS), seeds=(0,), budgets=(6400,)),
+        ),
+        num_validations=8,
+        diagnose_at=(0.1, 0.5, 1.0),
+        diagnose_tokens=65536,
+        tuned="b1",
+    ),
+    "b1-sweep": Plan(
+        meaning="the setting of b1: learning rates and sizes of W for the main methods",
+        stages=(
+            Stage(
+                config=_B1,
+                methods=_swept((*LARGE_MAIN, "dense"), (5e-4, 1e-3, 2e-3, 4e-3), (0.02, 0.06)),
+                seeds=(0,),
+                budgets=(400,),
+            ),
+        ),
+        num_validations=1,
+    ),
+    "b2": Plan(
+        meaning="6 blocks of D=256, 512, 768, 1024, V=16384, equally many tokens a block parameter, on a GPU",
+        stages=tuple(_ladder_stage(model) for model in ("small-256", "small", "small-768", "small-1024")),
+        num_validations=8,
+        tuned="b1",
+    ),
+}
+
+
+def jobs(
+    plan: Plan,
+    *,
+    methods: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    budgets: Sequence[int] = (),
+    device: str | None = None,
+    commit: str | None = None,
+) -> tuple[Job, ...]:
+    """The cells of a plan, in the order they are trained: all methods of a seed before the next seed.
+
+    Args:
+        plan: the comparison.
+        methods: in place of the plan's own, in every stage.
+        seeds: likewise.
+        budgets: likewise.
+        device: likewise.
+        commit: of the sources, where git cannot be asked.
+
+    Raises:
+        ValueError: a method, seed or budget that cannot be.
+    """
+    found: dict[Key, Job] = {}
+    for stage in plan.stages:
+        stage = stage if device is None else replace(stage, config=replace(stage.config, device=device))
+        for steps in budgets or stage.budgets:
+            for seed in seeds or stage.seeds:
+                for text in methods or stage.methods:
+                    job = _job(plan, stage, Method.parse(text), seed=seed, steps=steps)
+                    found.setdefault(job.key, replace(job, commit=commit))
+    return tuple(found.values())
+
+
+def _job(plan: Plan, stage: Stage, method: Method, *, seed: int, steps: int) -> Job:
+    every = max(1, steps // plan.num_validations)
+    base = replace(stage.config, seed=seed, steps=steps, eval_every=every)
+    tuned = dict(tuned_values(plan.tuned).get(method.name, {})) if plan.tuned else {}
+    tuned["lr"] = tuned.get("lr", base.lr) * stage.lr_factor
+    is_diagnosed = seed in plan.diagnose_seeds and method.is_local
+    return Job(
+        method=str(method),
+        config=method.config(base, tuned),
+        diagnose_steps=tuple(max(1, round(share * steps)) for share in plan.diagnose_at) if is_diagnosed else (),
+        diagnose_tokens=plan.diagnose_tokens,
+    )
+
+
+def tuned_values(setting: str) -> Mapping[str, Mapping[str, Any]]:
+    """The committed learning rates and sizes of W of a setting, by method; a sweep finds them again."""
+    text = files("localexit.compare").joinpath(TUNED_FILE).read_text(encoding="utf-8")
+    return json.loads(text)[setting]

@@ -1,0 +1,149 @@
+"""Cells to rows: one method on one model with one budget, against exact local exits and against backprop."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from localexit.compare.cells import Cell, check_one_setting
+from localexit.compare.methods import BACKPROP, EXACT, Method
+from localexit.compare.statistics import Estimate, mean_estimate, paired_difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """All seeds of one method.
+
+    Attributes:
+        method: as written.
+        seeds: of its finished cells.
+        num_diverged: cells that did not finish.
+        losses: last validation of every exit, mean over seeds, nats/token; empty when none finished.
+        loss: that of the last exit.
+        to_exact, to_backprop: last exit's loss minus that of exact local exits and of end-to-end backprop, paired by
+            seed; None without a seed in common.
+        cells: all of them.
+    """
+
+    method: str
+    seeds: tuple[int, ...]
+    num_diverged: int
+    losses: tuple[float, ...]
+    loss: Estimate | None
+    to_exact: Estimate | None
+    to_backprop: Estimate | None
+    cells: tuple[Cell, ...]
+
+    @property
+    def step_seconds(self) -> float:
+        """Median time of a step."""
+        return statistics.median(cell.step_seconds for cell in self.cells)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Most GPU memory."""
+        return max((cell.peak_bytes for cell in self.cells if cell.peak_bytes is not None), default=None)
+
+    @property
+    def feedback_bytes(self) -> int:
+        """Codes and state of the rule."""
+        return self.cells[0].feedback_bytes
+
+    @property
+    def exit_flops(self) -> float:
+        """FLOPs a token and exit, in matrix products."""
+        return self.cells[0].exit_flops_per_token
+
+    @property
+    def training_flops(self) -> float:
+        """FLOPs of the whole training, in matrix products."""
+        return self.cells[0].flops_per_token * max(v.tokens for cell in self.cells for v in cell.valid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """All methods on one model with one budget.
+
+    Attributes:
+        model: its name.
+        steps: optimiser steps.
+        rows: exact local exits first, then by loss; what diverged last.
+    """
+
+    model: str
+    steps: int
+    rows: tuple[Row, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of a run."""
+        config = self.rows[0].cells[0].config
+        return int(self.steps * config["batch_size"] * config["context"] * config["accumulate"])
+
+
+def groups(cells: Sequence[Cell]) -> tuple[Group, ...]:
+    """The cells' rows, by model and budget.
+
+    Raises:
+        ValueError: cells of one row were trained with different settings.
+    """
+    check_one_setting(cells)
+    names = dict.fromkeys((cell.key.model, cell.key.steps) for cell in cells)
+    return tuple(
+        _group(model, steps, [cell for cell in cells if (cell.key.model, cell.key.steps) == (model, steps)])
+        for model, steps in names
+    )
+
+
+def text_warning(cells: Sequence[Cell]) -> str | None:
+    """What makes cells incomparable that settings do not show: that they were trained on other texts."""
+    num_texts = len({cell.corpus["sha256"] for cell in cells})
+    if num_texts <= 1:
+        return None
+    return (
+        f"the cells were trained on {num_texts} different texts; Python's standard library differs between versions, "
+        f"so compare losses of one machine only"
+    )
+
+
+def _group(model: str, steps: int, cells: Sequence[Cell]) -> Group:
+    methods = dict.fromkeys(cell.method for cell in cells)
+    exact, backprop = (_last_losses(cells, name) for name in (EXACT, BACKPROP))
+    rows = [_row(method, cells, exact, backprop) for method in methods]
+    rows.sort(key=lambda row: (row.method != EXACT, row.loss is None, row.loss.mean if row.loss else 0.0))
+    return Group(model=model, steps=steps, rows=tuple(rows))
+
+
+def _row(method: str, cells: Sequence[Cell], exact: dict[int, float], backprop: dict[int, float]) -> Row:
+    mine = [cell for cell in cells if cell.method == method]
+    finished = [cell for cell in mine if cell.status == "finished"]
+    last = _last_losses(cells, method)
+    return Row(
+        method=method,
+        seeds=tuple(sorted(last)),
+        num_diverged=len(mine) - len(finished),
+        losses=tuple(map(statistics.fmean, zip(*(cell.loss for cell in finished), strict=True))),
+        loss=mean_estimate(list(last.values())) if last else None,
+        to_exact=None if method == EXACT else paired_difference(last, exact),
+        to_backprop=None if method == BACKPROP else paired_difference(last, backprop),
+        cells=tuple(mine),
+    )
+
+
+def _last_losses(cells: Sequence[Cell], method: str) -> dict[int, float]:
+    """Loss of the last exit by seed."""
+    return {c.key.seed: c.loss[-1] for c in cells if c.method == method and c.status == "finished"}
+
+
+def best_settings(cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
+    """From the cells of a sweep: per method the settings with the lowest loss at the last exit, averaged over seeds."""
+    losses: dict[str, list[float]] = {}
+    for cell in cells:
+        losses.setdefault(cell.method, []).append(cell.loss[-1] if cell.status == "finished" else float("inf"))
+    best: dict[str, tuple[float, dict[str, float]]] = {}
+    for text, values in losses.items():
+        method, loss = Method.parse(text), statistics.fmean(values)
+        if method.settings and loss < best.get(method.name, (float("inf"), {}))[0]:
+            best[method.name] = loss, dict(method.settings)
+    return {name: settings for name, (_, settings) in best.items()}

@@ -1,0 +1,120 @@
+"""Cells one after the other, or several at a time, until all are there or the time is over."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+
+from localexit.compare.cells import Cell, CellFile, differing_settings
+from localexit.compare.plans import Job
+from localexit.compare.training import OutOfTimeError, run_cell
+
+
+def missing_jobs(jobs: Sequence[Job], cells: CellFile) -> list[Job]:
+    """The jobs whose cells are not there yet.
+
+    Raises:
+        ValueError: a cell is there that was trained with other settings.
+    """
+    missing = []
+    for job in jobs:
+        cell = cells.get(job.key)
+        if cell is None:
+            missing.append(job)
+            continue
+        odd = differing_settings(job.config.to_json(), cell.config)
+        if odd:
+            raise ValueError(
+                f"cells: {job.method!r} with seed {job.config.seed} is there with another {', '.join(odd)} than is "
+                f"asked for now; pass another --output, or move {cells.path} away"
+            )
+    return missing
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    cells: CellFile,
+    *,
+    num_processes: int = 1,
+    max_seconds: float = math.inf,
+    say: Callable[[str], None],
+) -> int:
+    """Train the jobs and add their cells to the file as they come.
+
+    Args:
+        jobs: to be trained, in this order.
+        cells: where to.
+        num_processes: how many at a time.
+        max_seconds: what is not finished by then is given up, and nothing is started that will not be.
+        say: told a line about every cell.
+
+    Returns:
+        How many were not finished.
+    """
+    deadline = time.time() + max_seconds
+    num_done = 0
+    for cell in _cells(jobs, deadline, num_processes):
+        cells.add([cell])
+        num_done += 1
+        say(f"{num_done}/{len(jobs)}  {_line(cell)}")
+    return len(jobs) - num_done
+
+
+def _cells(jobs: Sequence[Job], deadline: float, num_processes: int) -> Iterator[Cell]:
+    if num_processes > 1:
+        yield from _in_processes(jobs, deadline, num_processes)
+        return
+    clock = _Clock(deadline)
+    for job in jobs:
+        if clock.has_time_for(job):
+            try:
+                yield clock.saw(run_cell(job, deadline=deadline))
+            except OutOfTimeError:
+                return
+
+
+def _in_processes(jobs: Sequence[Job], deadline: float, num_processes: int) -> Iterator[Cell]:
+    clock, waiting, running = _Clock(deadline), list(jobs), set[Future[Cell]]()
+    # Started anew and not forked: a forked process inherits torch's threads half way through their work.
+    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        while waiting or running:
+            while waiting and len(running) < num_processes:
+                job = waiting.pop(0)
+                if clock.has_time_for(job):
+                    running.add(pool.submit(run_cell, job, deadline=deadline))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                try:
+                    yield clock.saw(future.result())
+                except OutOfTimeError:
+                    continue
+
+
+class _Clock:
+    """Whether there is time for another cell, judged by the longest of that model and budget so far."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+        self._seconds: dict[tuple[str, int], float] = {}
+
+    def has_time_for(self, job: Job) -> bool:
+        expected = self._seconds.get((job.config.model, job.config.steps), 0.0)
+        return time.time() + expected < self._deadline
+
+    def saw(self, cell: Cell) -> Cell:
+        model, _, _, steps = cell.key
+        self._seconds[model, steps] = max(cell.wall_seconds, self._seconds.get((model, steps), 0.0))
+        return cell
+
+
+def _line(cell: Cell) -> str:
+    """One cell in one line."""
+    losses = " ".join(f"{loss:.3f}" for loss in cell.loss)
+    result = f"{losses} nats/token" if losses else f"diverged: {cell.detail}"
+    return (
+        f"{cell.method} seed {cell.key.seed}, {cell.key.steps} steps: {result} "
+        f"({1000 * cell.step_seconds:.0f} ms a step, {cell.wall_seconds:.0f} s)"
+    )

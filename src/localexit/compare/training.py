@@ -1,0 +1,144 @@
+"""One job to one cell: a run without a folder, through the same trainer as `localexit train`."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from localexit.bench.record import current_commit
+from localexit.compare.cells import Cell, Validation
+from localexit.compare.costs import counted_flops, exit_flops, feedback_bytes
+from localexit.compare.plans import Job
+from localexit.train.data import RunData, load_data
+from localexit.train.devices import device_name, resolve_device, resolve_precision
+from localexit.train.evaluate import validate
+from localexit.train.folder import versions
+from localexit.train.loop import make_trainer
+from localexit.train.trainer import NonFiniteError, Trainer
+
+# The first steps allocate and compile; their times are not counted.
+NUM_WARM_UP_STEPS = 5
+
+
+class OutOfTimeError(Exception):
+    """The time allowed is over before the cell is finished; nothing of it is kept."""
+
+
+@dataclass(kw_only=True)
+class _Measured:
+    """What a run has shown so far."""
+
+    exit_flops_per_token: float
+    valid: list[Validation] = field(default_factory=list)
+    diagnostics: list[Mapping[str, Any]] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    flops_per_token: float = 0.0
+
+
+def run_cell(job: Job, *, deadline: float = math.inf) -> Cell:
+    """Train one cell.
+
+    Args:
+        job: what to train.
+        deadline: `time.time()` after which the run gives up.
+
+    Raises:
+        OutOfTimeError: the deadline came first.
+        ValueError: text, model or rule do not fit the configuration.
+    """
+    start, load_before = time.time(), _load_average()
+    config = job.config
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    data = load_data(config)
+    with warnings.catch_warnings():
+        # A comparison shows what comes of it.
+        warnings.filterwarnings("ignore", message="feedback 'parallel", category=UserWarning)
+        warnings.filterwarnings("ignore", message="the nucleus of some tokens", category=UserWarning)
+        trainer = make_trainer(config, data, device=device, precision=resolve_precision(config.precision, device))
+        measured = _Measured(exit_flops_per_token=_exit_flops_per_token(trainer))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            _train(job, trainer, data, measured, deadline)
+            detail = ""
+        except NonFiniteError as error:
+            detail = str(error)
+    local = trainer.local
+    return Cell(
+        method=job.method,
+        config=config.to_json(),
+        status="diverged" if detail else "finished",
+        detail=detail,
+        valid=tuple(measured.valid),
+        diagnostics=tuple(measured.diagnostics),
+        step_seconds=statistics.median(measured.step_seconds) if measured.step_seconds else math.nan,
+        wall_seconds=time.time() - start,
+        flops_per_token=measured.flops_per_token,
+        exit_flops_per_token=measured.exit_flops_per_token,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        feedback_bytes=feedback_bytes(local),
+        num_parameters=sum(parameter.numel() for parameter in local.parameters()),
+        corpus=data.record,
+        versions=versions(),
+        device=device_name(device),
+        commit=job.commit or current_commit(),
+        load_average=(load_before, _load_average()),
+    )
+
+
+def _train(job: Job, trainer: Trainer, data: RunData, measured: _Measured, deadline: float) -> None:
+    steps, every = job.config.steps, job.config.eval_every
+    while trainer.step < steps:
+        if time.time() > deadline:
+            raise OutOfTimeError
+        _step(trainer, measured)
+        if trainer.step % every == 0 or trainer.step == steps:
+            measured.valid.append(_validate(trainer, data))
+
+
+def _step(trainer: Trainer, measured: _Measured) -> None:
+    if trainer.step == 1:
+        tokens = trainer.tokens
+        with counted_flops() as count:
+            trainer.train_step()
+        measured.flops_per_token = count() / (trainer.tokens - tokens)
+        return
+    before = trainer.seconds
+    trainer.train_step()
+    if trainer.step > NUM_WARM_UP_STEPS:
+        measured.step_seconds.append(trainer.seconds - before)
+
+
+def _validate(trainer: Trainer, data: RunData) -> Validation:
+    config = trainer.config
+    loss = validate(
+        trainer.local,
+        data.valid,
+        batch_size=config.batch_size,
+        context=config.context,
+        max_tokens=config.eval_tokens,
+        precision=trainer.precision,
+    ).loss
+    if not all(map(math.isfinite, loss)):
+        raise NonFiniteError(f"step {trainer.step}: expected finite validation losses, got {list(loss)}")
+    return Validation(step=trainer.step, tokens=trainer.tokens, loss=loss)
+
+
+def _exit_flops_per_token(trainer: Trainer) -> float:
+    num_tokens = trainer.config.batch_size * trainer.config.context
+    return exit_flops(trainer.local, num_tokens, trainer.precision) / num_tokens
+
+
+def _load_average() -> float:
+    """How many processes wanted to run, on average over the last minute; NaN where nobody counts."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else math.nan

@@ -1,0 +1,70 @@
+"""Cells are kept, found again, merged, and never mixed up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from compare.made_up import BASE, cell
+from localexit.compare.cells import FILE_NAME, Cell, CellFile, check_one_setting, read_cells
+
+
+def test_a_cell_reads_back_as_it_was() -> None:
+    made = cell("mirror:num_pairs=8", 3, 2.5, diagnostics=({"step": 4, "exits": [{"cosine": 0.5}]},), peak_bytes=7)
+    assert Cell.from_json(made.to_json()) == made
+    assert "\n" not in made.to_json()
+
+
+def test_cells_are_found_again(tmp_path: Path) -> None:
+    made = [cell("dense", 0, 3.0), cell("dense", 1, 3.1), cell("transport", 0, 2.9)]
+    file = CellFile(tmp_path)
+    for one in made:
+        file.add([one])
+    again = CellFile(tmp_path)
+    assert again.cells == tuple(made)
+    assert again.get(made[1].key) == made[1]
+    assert again.get(made[1].key._replace(steps=41)) is None
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_merging_folders_keeps_each_cell_once(tmp_path: Path) -> None:
+    CellFile(tmp_path / "a").add([cell("dense", 0, 3.0), cell("dense", 1, 3.1)])
+    CellFile(tmp_path / "b").add([cell("dense", 1, 3.1), cell("dense", 2, 3.2)])
+    both = CellFile(tmp_path / "all")
+    for name in "ab":
+        both.add(read_cells(tmp_path / name))
+    assert [one.key.seed for one in both.cells] == [0, 1, 2]
+    assert read_cells(tmp_path / "all" / FILE_NAME) == list(both.cells)
+
+
+def test_two_results_of_one_cell_are_refused(tmp_path: Path) -> None:
+    file = CellFile(tmp_path)
+    file.add([cell("dense", 0, 3.0)])
+    with pytest.raises(ValueError, match="'dense' on 'mini', seed 0, 40 steps, got two that differ"):
+        file.add([cell("dense", 0, 3.5)])
+
+
+def test_what_is_no_cell_is_refused(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text('{"format": 0}\n')
+    with pytest.raises(ValueError, match="expected a cell"):
+        CellFile(tmp_path)
+    with pytest.raises(ValueError, match="expected a cells.jsonl"):
+        read_cells(tmp_path / "nowhere")
+
+
+def test_one_method_has_one_setting() -> None:
+    other = replace(BASE, lr=0.5)
+    check_one_setting([cell("dense", 0, 3.0), cell("dense", 1, 3.0), cell("mirror", 0, 3.0, config=other)])
+    with pytest.raises(ValueError, match="differ in lr"):
+        check_one_setting([cell("dense", 0, 3.0), cell("dense", 1, 3.0, config=other)])
+
+
+def test_threads_and_device_are_no_setting() -> None:
+    check_one_setting([cell("dense", 0, 3.0), cell("dense", 1, 3.0, config=replace(BASE, threads=7, device="cuda"))])
+
+
+def test_loss_of_a_diverged_cell_is_none() -> None:
+    assert cell("dense", 0, 3.0).loss == (3.1, 3.0)
+    assert cell("dense", 0, 3.0, status="diverged", detail="NaN").loss == ()

@@ -1,0 +1,167 @@
+"""Training cells: the same again, only what is missing, and only while there is time."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from localexit import cli
+from localexit.compare.cells import CellFile
+from localexit.compare.methods import Method, method_names
+from localexit.compare.plans import PLANS, Job, jobs, tuned_values
+from localexit.compare.runner import missing_jobs, run_jobs
+from localexit.compare.training import OutOfTimeError, run_cell
+from localexit.train.config import TrainConfig
+from train.small_runs import small_config, write_corpus
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    return small_config(write_corpus(tmp_path_factory.mktemp("text")), eval_every=3, steps=6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def job(base: TrainConfig, text: str, *, seed: int = 0) -> Job:
+    method = Method.parse(text)
+    return Job(method=str(method), config=method.config(replace(base, seed=seed), {}))
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_trains(base: TrainConfig, name: str) -> None:
+    cell = run_cell(job(base, name))
+    assert [v.step for v in cell.valid] == [3, 6]
+    assert len(cell.loss) == (1 if name == "backprop" else 2)
+    assert cell.step_seconds > 0
+    assert cell.corpus["sha256"]
+    num_exits = len(cell.loss)
+    assert cell.exit_flops_per_token >= 4 * 64 * 320
+    assert cell.flops_per_token > num_exits * 4 * 64 * 320
+
+
+def test_the_same_cell_again_is_the_same(base: TrainConfig) -> None:
+    once, again = (run_cell(job(base, "mirror_sampled", seed=5)) for _ in range(2))
+    assert once.valid == again.valid
+    assert once.valid != run_cell(job(base, "mirror_sampled", seed=6)).valid
+
+
+def test_products_are_counted(base: TrainConfig) -> None:
+    """Logits, dW and feedback are 2·V·D each; sampled rows spare the third."""
+    products = {
+        name: run_cell(job(base, name)).exit_flops_per_token / (2 * 64 * 320) for name in ("transport", "parallel")
+    }
+    assert products == {"transport": pytest.approx(3), "parallel": pytest.approx(2)}
+
+
+def test_only_what_is_missing_is_trained(base: TrainConfig, tmp_path: Path) -> None:
+    wanted = [job(base, name) for name in ("dense", "transport")]
+    lines: list[str] = []
+    assert run_jobs(wanted[:1], CellFile(tmp_path), say=lines.append) == 0
+    cells = CellFile(tmp_path)
+    missing = missing_jobs(wanted, cells)
+    assert [one.method for one in missing] == ["transport"]
+    assert run_jobs(missing, cells, say=lines.append) == 0
+    assert missing_jobs(wanted, CellFile(tmp_path)) == []
+    assert [line.split()[1] for line in lines] == ["dense", "transport"]
+
+
+def test_other_settings_than_those_of_a_cell_are_refused(base: TrainConfig, tmp_path: Path) -> None:
+    cells = CellFile(tmp_path)
+    run_jobs([job(base, "dense")], cells, say=print)
+    with pytest.raises(ValueError, match="'dense' with seed 0 is there with another lr"):
+        missing_jobs([job(replace(base, lr=0.5), "dense")], cells)
+
+
+def test_processes_give_the_same_cells(base: TrainConfig, tmp_path: Path) -> None:
+    wanted = [job(base, "dense"), job(base, "anchors")]
+    run_jobs(wanted, CellFile(tmp_path / "one"), say=print)
+    run_jobs(wanted, CellFile(tmp_path / "two"), num_processes=2, say=print)
+    one, two = ({c.key: c.valid for c in CellFile(tmp_path / name).cells} for name in ("one", "two"))
+    assert one == two
+
+
+def test_nothing_half_done_is_kept_when_the_time_is_over(base: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(OutOfTimeError):
+        run_cell(job(base, "dense"), deadline=time.time() - 1)
+    cells = CellFile(tmp_path)
+    assert run_jobs([job(base, "dense")], cells, max_seconds=0.0, say=print) == 1
+    assert cells.cells == ()
+
+
+def test_a_run_that_diverges_is_a_result(base: TrainConfig) -> None:
+    cell = run_cell(job(base, "transport@lr=1e30,clip=1e30"))
+    assert cell.status == "diverged"
+    assert "expected finite" in cell.detail
+    assert cell.loss == ()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plans_are_of_cells_that_can_be_trained(name: str) -> None:
+    wanted = jobs(PLANS[name])
+    assert len({one.key for one in wanted}) == len(wanted) > 0
+    for one in wanted:
+        assert one.config.eval_every <= one.config.steps
+        assert all(0 < step <= one.config.steps for step in one.diagnose_steps)
+
+
+def test_all_methods_of_a_seed_come_before_the_next_seed() -> None:
+    seeds = [one.config.seed for one in jobs(PLANS["b0"])]
+    assert seeds == sorted(seeds)
+
+
+def test_every_rule_and_control_is_in_a_plan_of_each_size() -> None:
+    for names in (("b0", "b0-all"), ("b1",)):
+        planned = {Method.parse(one.method).name for name in names for one in jobs(PLANS[name])}
+        assert planned == set(method_names())
+
+
+def test_tuned_values_name_methods_and_settings() -> None:
+    for setting in ("b0", "b1"):
+        for name, settings in tuned_values(setting).items():
+            Method(name=name, settings=tuple(settings.items()))
+
+
+def test_tuned_values_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localexit.compare.plans.tuned_values", lambda _setting: {"dense": {"lr": 0.125}})
+    rates = {one.method: one.config.lr for one in jobs(PLANS["b0"], methods=("dense", "mirror"), seeds=(0,))}
+    assert rates["dense"] == 0.125
+    assert rates["mirror"] != 0.125
+    ladder = jobs(PLANS["b2"], methods=("dense",), seeds=(0,))
+    assert {one.config.model: one.config.lr for one in ladder} == {
+        "small-256": 0.25,
+        "small": 0.125,
+        "small-768": pytest.approx(0.125 * 512 / 768),
+        "small-1024": 0.0625,
+    }
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["compare", "--preset", "b0", "--methods", "transport", "frozen", "--seeds", "0", "--budgets", "41"]
+    monkeypatch.setattr("localexit.compare.runner.run_cell", _pretend)
+    assert cli.run([*command, "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 cells, 2 to be trained" in printed
+    assert "frozen" in printed
+    assert cli.run([*command, "--output", str(tmp_path)]) == 0
+    assert "2 cells, 0 to be trained" in capsys.readouterr().out
+    assert cli.run([*command, "--output", str(tmp_path / "no-time"), "--max-minutes", "0"]) == 2
+    assert "give it more --max-minutes" in capsys.readouterr().err
+    merged = [*command, "--output", str(tmp_path / "merged"), "--merge", str(tmp_path), "--no-train"]
+    assert cli.run(merged) == 0
+    lines = (tmp_path / "merged" / "cells.jsonl").read_text().splitlines()
+    assert [json.loads(line)["method"] for line in lines] == ["transport", "frozen"]
+
+
+def _pretend(one: Job, *, deadline: float) -> object:
+    from compare.made_up import cell
+
+    return cell(one.method, one.config.seed, 3.0, config=one.config)
