@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.commands import environment, refused
 from localexit import LocalModel, cli
 from localexit.feedback import feedback_names
 from localexit.measure import AuditReport
@@ -44,16 +44,6 @@ def trained(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
     assert cli.run(["train", str(run), "--data", text, *SMALL]) == 0
     return run
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on stderr of a command that is refused."""
-    assert cli.run(arguments) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith("localexit: ")
-    assert printed.err.count("\n") == 1
-    assert "Traceback" not in printed.err
-    return printed.err
 
 
 def test_training_ends_with_table_sample_and_report(
@@ -127,54 +117,6 @@ def test_report_writes_a_page_for_several_runs(
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        ([], ["train"]),
-        (["fly"], ["fly"]),
-        (["train", "--fast", "3"], ["--fast"]),
-        (["train", "--lr", "quick"], ["--lr", "quick"]),
-        (["train", "--lr", "-1"], ["lr must be a positive number", "-1"]),
-        (["train", "--steps", "0"], ["steps must be at least 1"]),
-        (["train", "--steps", "10", "--warmup-steps", "10"], ["warmup_steps", "steps=10"]),
-        (["train", "--feedback", "backprop"], ["--feedback", "backprop", "mirror_sampled"]),
-        (["train", "--feedback", "dense:rang=3"], ["--feedback", "rang", "rank"]),
-        (["train", "--exits", "some"], ["exits", "some", "every"]),
-        (["train", "--exits", "everything"], ["exits", "everything", "every:K"]),
-        (["train", "--exits", "every:0"], ["exits", "every:0", "every:K"]),
-        (["train", "--feedback", "dense:rank=3,rank=4"], ["--feedback", "rank", "given twice"]),
-        (["train", "--exit-norm", "batch"], ["--exit-norm", "batch", "shared"]),
-        (["train", "--model", "enormous"], ["model", "enormous", "demo"]),
-        (["train", "--device", "abacus"], ["device", "abacus"]),
-        (["train", "--resume"], ["run", "--resume"]),
-        (["train", "nowhere", "--resume"], ["run", "nowhere", "config.json"]),
-        (["train", "--data", "no/such/text"], ["data", "no/such/text"]),
-        (["generate", "nowhere", "--prompt", "x"], ["run", "nowhere"]),
-        (["generate", "nowhere"], ["--prompt"]),
-        (["generate", "nowhere", "--prompt", "x", "--temperature", "-1"], ["temperature"]),
-        (["generate", "nowhere", "--prompt", "x", "--max-new-tokens", "-1"], ["max_new_tokens"]),
-        (["report"], ["runs"]),
-        (["audit"], ["MODEL_OR_RUN"]),
-        (["audit", "enormous"], ["model", "enormous", "demo"]),
-        (["audit", "tiny", "--feedback", "backprop"], ["feedback", "backprop"]),
-        (["report", "nowhere"], ["run", "nowhere"]),
-    ],
-)
-def test_bad_input_is_one_line_that_names_it(
-    arguments: list[str],
-    names: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    start = time.perf_counter()
-    line = refused(arguments, capsys)
-    assert time.perf_counter() - start < 5
-    assert all(name in line for name in names), line
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "names"),
-    [
         (["--vocab-size", "60000"], ["vocab_size", "expected at most", "60000"]),
         (["--context", "1000000"], ["data", "one context of 1000000"]),
         (["--exits", "5"], ["exits has block 5", "2 blocks"]),
@@ -225,9 +167,7 @@ sys.argv = ["localexit", "report", {str(trained)!r}]
 from localexit.__main__ import main
 main()
 """
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=_environment()
-    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment())
     assert (ended.returncode, ended.stdout) == (2, "")
     line = f"localexit: package {package!r} is not installed: this needs pip install 'localexit[train]'\n"
     assert ended.stderr == line
@@ -282,7 +222,7 @@ def test_the_module_can_be_run(tmp_path: Path) -> None:
         text=True,
         check=False,
         cwd=tmp_path,
-        env=_environment(),
+        env=environment(),
     )
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "localexit: lr must be a positive number, got 0.0\n"
@@ -297,7 +237,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text: str, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=_environment(),
+        env=environment(),
     )
     deadline = time.monotonic() + 120
     while not list(run.glob("checkpoints/step-*")) and time.monotonic() < deadline:
@@ -332,9 +272,3 @@ def test_a_checkpoint_that_reads_back_as_another_ends_the_run(
     monkeypatch.setattr(checkpoint, "verify", refuse)
     assert cli.run(["train", str(tmp_path / "run"), "--data", text, *SMALL]) == 1
     assert "model.safetensors is damaged" in capsys.readouterr().err
-
-
-def _environment() -> dict[str, str]:
-    source = str(Path(__file__).parents[1] / "src")
-    path = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
