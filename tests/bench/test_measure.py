@@ -76,16 +76,15 @@ def test_nothing_is_timed_when_something_is_wrong(part: str, mode: Mode, monkeyp
     def never(*_: object, **__: object) -> dict[str, Any]:
         raise AssertionError("timed")
 
-    function = f"_{mode}"
-    right = getattr(contenders, function)
-    monkeypatch.setattr(contenders, function, lambda *given: scaled(partial(right, *given[:-1]), part, given[-1]))
+    right = contenders._CALLS[mode]
+    monkeypatch.setitem(contenders._CALLS, mode, lambda *given: scaled(partial(right, *given[:2]), part, given[2]))
     platform = replace(gpu_like(), timer=never)
     with pytest.raises(GateError, match=rf"dense {mode}: {part} is off by .* nothing is timed"):
         measure(case(plan(mode=mode)), platform, rounds=5, say=quiet)
 
 
 def test_dw_is_checked_again_at_the_measured_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = contenders._step
+    right = contenders._CALLS["step"]
 
     def wrong_when_large(*given: Any) -> Tensor:
         inputs = given[-1]
@@ -94,14 +93,14 @@ def test_dw_is_checked_again_at_the_measured_size(monkeypatch: pytest.MonkeyPatc
             inputs.total[inputs.target[0]] = 0
         return loss
 
-    monkeypatch.setattr(contenders, "_step", wrong_when_large)
-    check_rules([plan()], CPU)
+    monkeypatch.setitem(contenders._CALLS, "step", wrong_when_large)
+    check_rules([plan()], TINY.hidden_size, CPU)
     with pytest.raises(GateError, match="dense step: loss or gradient"):
         measure(case(plan()), gpu_like(), rounds=5, say=quiet)
 
 
 def test_the_exact_rule_must_be_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = contenders._step
+    right = contenders._CALLS["step"]
 
     def halved_when_large(*given: Any) -> Tensor:
         loss = right(*given)
@@ -109,7 +108,7 @@ def test_the_exact_rule_must_be_exact(monkeypatch: pytest.MonkeyPatch) -> None:
             given[-1].hidden.grad *= 0.5
         return loss
 
-    monkeypatch.setattr(contenders, "_step", halved_when_large)
+    monkeypatch.setitem(contenders._CALLS, "step", halved_when_large)
     measure(case(plan("anchors")), gpu_like(), rounds=5, say=quiet)
     with pytest.raises(GateError, match="transport step"):
         measure(case(plan("transport")), gpu_like(), rounds=5, say=quiet)
@@ -200,6 +199,6 @@ def test_three_products_are_those_of_an_exact_head() -> None:
 def test_a_rule_is_called_as_people_call_it_unless_told_otherwise() -> None:
     rules = ("anchors:num_anchors=7",)
     chosen = BenchConfig(rules=rules).plans("cuda")
-    assert list(map(str, chosen)) == [f"{rules[0]} {mode}" for mode in ("step", "autograd", "memory")]
+    assert list(map(str, chosen)) == [f"{rules[0]} {mode}" for mode in ("step", "filtered", "autograd", "memory")]
     (told,) = BenchConfig(rules=rules, modes=("step",), backend="torch").plans("cpu")
     assert str(told) == "anchors:num_anchors=7 step torch"

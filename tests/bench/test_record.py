@@ -55,7 +55,7 @@ def test_shapes_are_written_as_they_come_and_measured_once(tmp_path: Path, monke
     command.measure_shapes(both, gpu_like(), Results(path, circumstances()), say=lines.append)
     assert list(read_results(path)["shapes"]) == ["8x4x9", "9x4x9"]
     assert measured == ["N=8 D=4 V=9", "N=9 D=4 V=9", "N=9 D=4 V=9"]
-    assert lines == ["N=8 D=4 V=9: measured before"]
+    assert lines == ["shapes 8x4x9: measured before"]
     # Other rounds are another measurement.
     command.measure_shapes(replace(both, rounds=6), gpu_like(), Results(path, circumstances()), say=quiet)
     assert len(measured) == 5
@@ -64,7 +64,7 @@ def test_shapes_are_written_as_they_come_and_measured_once(tmp_path: Path, monke
 @pytest.mark.parametrize("change", [{"commit": "def"}, {"device": "another"}, {"threads": 3}])
 def test_results_of_other_circumstances_are_not_mixed(change: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "exit.json"
-    Results(path, circumstances()).add("shapes", "cpu", {})
+    Results(path, circumstances()).add("shapes", "cpu", measured={})
     before = path.read_bytes()
     (key,) = change
     with pytest.raises(ValueError, match=rf"measured with {key} .* name another file"):
@@ -113,7 +113,7 @@ def test_the_command_measures_writes_and_shows(
     options = ["--cpu", "--rules", "dense", "anchors:num_anchors=3", "--modes", "step", "--peers", "F.cross_entropy"]
     assert cli.run(["bench", *options, "--output", str(path)]) == 0
     printed = capsys.readouterr()
-    assert "32x48x301 N=32 D=48 V=301 bfloat16, median of 5" in printed.out
+    assert "32x48x301: N=32 D=48 V=301 bfloat16, median of 5" in printed.out
     assert "anchors:num_anchors=3 step" in printed.out
     assert "round 5 of 5" in printed.err
     assert cli.run(["bench", "--show", str(path)]) == 0
@@ -127,8 +127,8 @@ def test_a_wrong_result_is_one_line_and_code_1(
     from localexit.bench import contenders
 
     monkeypatch.setattr(platforms, "cpu", lambda **_: gpu_like())
-    right = contenders._step
-    monkeypatch.setattr(contenders, "_step", lambda *given: 2 * right(*given))
+    right = contenders._CALLS["step"]
+    monkeypatch.setitem(contenders._CALLS, "step", lambda *given: 2 * right(*given))
     assert cli.run(["bench", "--cpu", "--rules", "dense", "--modes", "step", "--peers"]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -141,6 +141,10 @@ def test_a_wrong_result_is_one_line_and_code_1(
         (["--shapes", "12x8"], "shapes must be NxDxV or one of cpu"),
         (["--shapes", "0x8x8"], "shapes must be NxDxV"),
         (["--rounds", "4"], "rounds must be at least 5, got 4"),
+        (["--values", "64"], "values are those of a sweep"),
+        (["--sweep", "D", "--values", "0"], "values must be at least 1, got 0"),
+        (["--sweep", "X"], "'X'"),
+        (["--shared-exits", "-1"], "shared_exits must be at least 0"),
         (["--threads", "0"], "threads must be at least 1"),
         (["--patience", "-1"], "patience must be a finite number of at least 0"),
         (["--original", "nowhere.py"], "original must be the Python file"),

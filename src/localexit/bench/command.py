@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
-from . import platforms, tables
+from . import platforms
 from .config import BenchConfig
 from .measure import measure
 from .plans import Case
+from .platforms import Platform
 from .record import Results, environment, read_results
-from .shapes import Shape
+from .shapes import SHAPES, Shape
+from .shared import measure_shared
+from .sweeps import Sweep
+from .tables import losses_table, shown
 from .timing import Say
+
+_SHARED_RULES = ("anchors", "dense", "sketch", "hybrid", "mirror_sampled", "transport_sampled")
 
 
 def run_bench(config: BenchConfig) -> str:
@@ -24,41 +32,93 @@ def run_bench(config: BenchConfig) -> str:
         GateError: a loss or a gradient is wrong; nothing was timed.
     """
     if config.show is not None:
-        return shown(read_results(config.show))
-    use_cpu = config.cpu or not torch.cuda.is_available()
-    platform = platforms.cpu(threads=config.threads, patience=config.patience) if use_cpu else platforms.cuda()
-    circumstances = environment(platform.device, threads=torch.get_num_threads(), commit=config.commit)
-    results = Results(config.output, circumstances)
-    measure_shapes(config, platform, results, say=_say)
-    return shown(results.content)
+        content = read_results(config.show)
+    else:
+        use_cpu = config.cpu or not torch.cuda.is_available()
+        platform = platforms.cpu(threads=config.threads, patience=config.patience) if use_cpu else platforms.cuda()
+        circumstances = environment(platform.device, threads=torch.get_num_threads(), commit=config.commit)
+        results = Results(config.output, circumstances)
+        run_parts(config, platform, results, say=_say)
+        content = results.content
+    if config.plots is not None or config.output is not None:
+        _write_plots(content, config)
+    return f"{shown(content)}\n\n{losses_table(content)}"
 
 
-def measure_shapes(config: BenchConfig, platform: platforms.Platform, results: Results, *, say: Say) -> None:
+def run_parts(config: BenchConfig, platform: Platform, results: Results, *, say: Say) -> None:
+    """The sweep, the shared exits, or shapes: what the configuration names."""
+    sweep = config.sweep_of(platform.device.type)
+    if sweep is not None:
+        measure_sweep(config, sweep, platform, results, say=say)
+    if config.shared_exits:
+        measure_exits(config, platform, results, say=say)
+    if sweep is None and not config.shared_exits:
+        measure_shapes(config, platform, results, say=say)
+
+
+def measure_shapes(config: BenchConfig, platform: Platform, results: Results, *, say: Say) -> None:
     """Every shape that is not in the results yet."""
-    rounds = config.rounds or platform.rounds
     for name in config.shapes or platform.shapes:
-        case = Case(
-            shape=Shape.parse(name),
-            plans=config.plans(platform.device.type),
-            peers=config.peers,
-            original=config.original,
-        )
-        if results.known("shapes", name, {**case.summary(), "rounds": rounds}) is not None:
-            say(f"{case.shape}: measured before")
-            continue
-        results.add("shapes", name, measure(case, platform, rounds=rounds, say=say))
-        platform.release()
+        case = _case(config, platform, Shape.parse(name))
+        _measure(case, platform, results, ("shapes", name), rounds=config.rounds or platform.rounds, say=say)
 
 
-def shown(content: dict[str, Any]) -> str:
-    """The tables of a file of results."""
-    machine = f"{content['device']}, {content['threads']} threads, torch {content['versions']['torch']}"
-    parts = [machine]
-    for name, measured in content.get("shapes", {}).items():
-        shape = Shape(**measured["shape"])
-        parts.append(f"{name} {shape} {measured['dtype']}, median of {measured['rounds']}")
-        parts.append(tables.times_table(measured))
-    return "\n\n".join(parts)
+def measure_sweep(config: BenchConfig, sweep: Sweep, platform: Platform, results: Results, *, say: Say) -> None:
+    """Every value that is not in the results yet."""
+    case = _case(config, platform, sweep.base, rules=sweep.rules())
+    if not config.modes:
+        # Where all follow the same way, one is enough to see how it bends.
+        first = case.plans[0].mode
+        case = replace(case, plans=tuple(plan for plan in case.plans if plan.mode == first))
+    if platform.device.type == "cpu":
+        # A process for each contender and value would take longer than the rest.
+        platform = replace(platform, peak_mib=_not_measured)
+    for value in sweep.values:
+        keys = ("sweeps", sweep.letter, str(value))
+        rounds = config.rounds or platform.rounds
+        _measure(sweep.at(value, case), platform, results, keys, rounds=rounds, say=say)
+
+
+def measure_exits(config: BenchConfig, platform: Platform, results: Results, *, say: Say) -> None:
+    """Exits that share one unembedding, unless they are in the results."""
+    if platform.device.type == "cpu":
+        platform = replace(platform, peak_mib=_not_measured)
+    shape = Shape.parse(config.shapes[0]) if config.shapes else SHAPES["cpu" if platform.shapes == ("cpu",) else "gpt2"]
+    case = _case(replace(config, modes=("step",)), platform, shape, rules=_SHARED_RULES)
+    case = replace(case, peers=(), original=None)
+    rounds = config.rounds or platform.rounds
+    key = str(config.shared_exits)
+    if not results.has("shared_exits", key, summary={**case.summary(), "rounds": rounds}):
+        measured = measure_shared(case, platform, num_exits=config.shared_exits, rounds=rounds, say=say)
+        results.add("shared_exits", key, measured=measured)
+
+
+def _case(config: BenchConfig, platform: Platform, shape: Shape, *, rules: tuple[str, ...] = ()) -> Case:
+    plans = config.plans(platform.device.type, rules=rules)
+    return Case(shape=shape, plans=plans, peers=config.peers, original=config.original)
+
+
+def _measure(case: Case, platform: Platform, results: Results, keys: tuple[str, ...], *, rounds: int, say: Say) -> None:
+    if results.has(*keys, summary={**case.summary(), "rounds": rounds}):
+        say(f"{' '.join(keys)}: measured before")
+        return
+    results.add(*keys, measured=measure(case, platform, rounds=rounds, say=say))
+    platform.release()
+
+
+def _not_measured(*_: object) -> None:
+    return None
+
+
+def _write_plots(content: dict[str, object], config: BenchConfig) -> None:
+    if find_spec("matplotlib") is None:
+        _say("no pictures without matplotlib; localexit bench --show FILE --plots FOLDER draws them elsewhere")
+        return
+    from .plots import write_plots
+
+    file = config.output or config.show or Path("exit.json")
+    for path in write_plots(content, config.plots or file.parent, stem=file.stem):
+        _say(f"picture: {path}")
 
 
 def _say(line: str) -> None:

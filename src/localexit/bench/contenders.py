@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from localexit.exits import exit_cross_entropy, exit_step
+from localexit.exits.functional import Preset, WeightGrad
 from localexit.feedback import Feedback, WeightMirror
 from localexit.train.config import FeedbackSpec
 
 from .inputs import Inputs
-from .plans import Backend, RulePlan
+from .plans import Backend, Mode, RulePlan
 
 Kind = Literal["rule", "exact", "original", "products"]
 PRODUCT, THREE_PRODUCTS = "h @ W.T", "three products"
@@ -45,6 +46,8 @@ class Contender:
         note: why it costs more than others, or nothing.
         backend: what runs it, where there is a choice.
         is_exact: whether dh is the exact one too.
+        is_filtered: whether dW leaves out what does not matter: its error is told, not judged.
+        has_draws: whether feedback depends on draws.
         is_compiled: whether its first call with a shape compiles.
     """
 
@@ -54,6 +57,8 @@ class Contender:
     note: str = ""
     backend: str | None = None
     is_exact: bool = False
+    is_filtered: bool = False
+    has_draws: bool = False
     is_compiled: bool = False
 
     def __call__(self, inputs: Inputs) -> Tensor | None:
@@ -81,36 +86,51 @@ def _rule_contender(plan: RulePlan, rule: Feedback, inputs: Inputs) -> Contender
     notes = [_NOTES.get(plan.rule.name, "")]
     if plan.mode == "memory":
         notes.append("dW by vocabulary tiles, one product more")
-    if isinstance(rule, WeightMirror) and plan.mode != "step":
+    if isinstance(rule, WeightMirror) and plan.mode in ("autograd", "memory"):
         notes.append("update included")
-    run: Run = partial(_step, rule, plan.backend)
-    if plan.mode != "step":
-        run = partial(_autograd, rule, plan.backend, "memory" if plan.mode == "memory" else "fast")
+    if plan.mode == "filtered":
+        notes.append("small errors left out of dW")
     return Contender(
         name=str(plan),
         kind="rule",
-        run=run,
+        run=partial(_CALLS[plan.mode], rule, plan.backend),
         note="; ".join(filter(None, notes)),
         backend=_backend_that_runs(rule, plan.backend, inputs),
         is_exact=plan.rule.name == "transport",
+        is_filtered=plan.mode == "filtered",
+        has_draws=rule.num_draws > 0,
     )
 
 
-def _step(rule: Feedback, backend: Backend, inputs: Inputs) -> Tensor:
+def _step(rule: Feedback, backend: Backend, inputs: Inputs, weight_grad: WeightGrad = "exact") -> Tensor:
     step = exit_step(
-        inputs.hidden, inputs.weight, inputs.target, feedback=rule, grad_weight=inputs.total, backend=backend
+        inputs.hidden,
+        inputs.weight,
+        inputs.target,
+        feedback=rule,
+        grad_weight=inputs.total,
+        backend=backend,
+        weight_grad=weight_grad,
     )
     inputs.hidden.grad = step.feedback
     return step.loss
 
 
-def _autograd(rule: Feedback, backend: Backend, preset: Literal["fast", "memory"], inputs: Inputs) -> Tensor:
+def _autograd(rule: Feedback, backend: Backend, inputs: Inputs, preset: Preset = "fast") -> Tensor:
     loss = exit_cross_entropy(
         inputs.hidden, inputs.weight, inputs.target, feedback=rule, backend=backend, preset=preset
     )
     loss.backward()
     rule.update()
     return loss.detach()
+
+
+_CALLS: dict[Mode, Callable[[Feedback, Backend, Inputs], Tensor]] = {
+    "step": _step,
+    "filtered": partial(_step, weight_grad="filtered"),
+    "autograd": _autograd,
+    "memory": partial(_autograd, preset="memory"),
+}
 
 
 @torch.no_grad()

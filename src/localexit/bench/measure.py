@@ -26,7 +26,7 @@ def measure(case: Case, platform: Platform, *, rounds: int, say: Say) -> dict[st
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the nucleus of some tokens")
         say(f"{case.shape}: gate")
-        check_rules(case.plans, platform.device)
+        check_rules(case.plans, case.shape.hidden_size, platform.device)
         prepared = prepare(case, dtype=platform.dtype, device=platform.device)
         errors = errors_of(prepared, platform)
         say(f"{case.shape}: peak memory of {len(prepared.contenders)} contenders")

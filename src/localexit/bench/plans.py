@@ -13,7 +13,7 @@ from .shapes import Shape
 
 # The names of `exits.backends`, which needs torch.
 Backend = Literal["auto", "torch", "triton"]
-Mode = Literal["step", "autograd", "memory"]
+Mode = Literal["step", "filtered", "autograd", "memory"]
 Peer = Literal[
     "F.cross_entropy",
     "torch.compile",
@@ -36,7 +36,8 @@ class RulePlan:
         rule: name and options.
         mode: "step" is `exit_step`: dW is added to an accumulator that was there. "autograd" is
             `exit_cross_entropy(...).backward()` and the rule's `update()`: the gradients are multiplied by what comes
-            from above, and count as memory. "memory" is the same with that preset.
+            from above, and count as memory. "memory" is the same with that preset. "filtered" is a step that leaves
+            errors which do not matter out of dW.
         backend: as for `exit_cross_entropy`.
     """
 
@@ -50,12 +51,17 @@ class RulePlan:
 
 
 def default_plans(device: str, *, backend: Backend = "auto") -> tuple[RulePlan, ...]:
-    """Every rule as people call it there; the memory preset, which differs little by rule, with some."""
-    is_cpu = device == "cpu"
-    modes: tuple[Mode, ...] = ("autograd",) if is_cpu else ("step", "autograd")
-    small = ("anchors",) if is_cpu else ("anchors", "dense", "sketch", "hybrid", "mirror_sampled", "transport_sampled")
-    plans = [(mode, name) for mode in modes for name in feedback_names()] + [("memory", name) for name in small]
-    return tuple(RulePlan(rule=FeedbackSpec(name=name), mode=mode, backend=backend) for mode, name in plans)
+    """Every rule as people call it there; what differs little by rule with some of them."""
+    every = feedback_names()
+    cheap = ("anchors", "dense", "sketch", "hybrid", "mirror_sampled", "transport_sampled")
+    modes: dict[Mode, tuple[str, ...]] = {"autograd": every, "memory": ("anchors",)}
+    if device != "cpu":
+        modes = {"step": every, "filtered": ("anchors", "dense"), "autograd": every, "memory": cheap}
+    return tuple(
+        RulePlan(rule=FeedbackSpec(name=name), mode=mode, backend=backend)
+        for mode, names in modes.items()
+        for name in names
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,16 +82,19 @@ class Results:
                         "name another file, or remove that one"
                     )
 
-    def known(self, part: str, key: str, summary: dict[str, Any]) -> dict[str, Any] | None:
-        """What was measured before under that key, if it was the same."""
-        found: dict[str, Any] | None = self.content.get(part, {}).get(key)
-        if found is None or any(found.get(name) != value for name, value in summary.items()):
-            return None
-        return found
+    def has(self, *keys: str, summary: dict[str, Any]) -> bool:
+        """Whether the same was measured before and is kept under these keys."""
+        found: Any = self.content
+        for key in keys:
+            found = found.get(key, {})
+        return bool(found) and all(found.get(name) == value for name, value in summary.items())
 
-    def add(self, part: str, key: str, measured: dict[str, Any]) -> None:
-        """Keep a measurement; the file is whole at any time."""
-        self.content.setdefault(part, {})[key] = measured
+    def add(self, *keys: str, measured: dict[str, Any]) -> None:
+        """Keep a measurement under these keys, the outermost first; the file is whole at any time."""
+        part = self.content
+        for key in keys[:-1]:
+            part = part.setdefault(key, {})
+        part[keys[-1]] = measured
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = self.path.with_name(f"{self.path.name}.tmp")

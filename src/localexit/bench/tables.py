@@ -2,11 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from .shapes import Shape
 
 Row = Sequence[str]
 HEAD = ("", "median ms", "min-max ms", "vs eager", "products", "peak MiB", "error", "")
+
+
+def shown(content: dict[str, Any]) -> str:
+    """Everything in a file of results."""
+    parts = [f"{content['device']}, {content['threads']} threads, torch {content['versions']['torch']}"]
+    for title, measured in content.get("shapes", {}).items():
+        shape = Shape(**measured["shape"])
+        parts.append(f"{title}: {shape} {measured['dtype']}, median of {measured['rounds']}")
+        parts.append(times_table(measured))
+    for letter, points in content.get("sweeps", {}).items():
+        parts.append(sweep_table(letter, points))
+    for measured in content.get("shared_exits", {}).values():
+        shape = Shape(**measured["shape"])
+        parts.append(f"{measured['num_exits']} exits that share W: {shape}, median of {measured['rounds']}")
+        parts.append(shared_table(measured))
+    return "\n\n".join(parts)
+
+
+def sweep_table(letter: str, points: dict[str, dict[str, Any]]) -> str:
+    """Median ms of every contender by the size that varies."""
+    values = sorted(points, key=int)
+    medians = {value: {name_in_sweep(r): r["median_ms"] for r in points[value]["results"]} for value in values}
+    names = dict.fromkeys(name for value in values for name in medians[value])
+    rows = [(name, *(_given(medians[value].get(name), "{:.2f}") for value in values), "") for name in names]
+    reasons = {name: reason for value in values for name, reason in points[value]["not_available"].items()}
+    notes = [f"not available: {name}: {reason}" for name, reason in reasons.items()]
+    return "\n".join([aligned((f"ms at {letter} =", *values, ""), rows), *notes])
+
+
+def name_in_sweep(result: dict[str, Any]) -> str:
+    """A contender's name without options: they are what varies."""
+    rule, _, rest = result["name"].partition(":")
+    return f"{rule} {rest.split()[-1]}" if rest else result["name"]
+
+
+def measurements(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every interleaved run of a file of results, with its title."""
+    yield from content.get("shapes", {}).items()
+    for letter, points in content.get("sweeps", {}).items():
+        for value, measured in points.items():
+            yield f"sweep {letter}={value}", measured
+
+
+def losses_table(content: dict[str, Any]) -> str:
+    """Where a contender of ours is slower than the fastest exact head of its run; and who needs least memory."""
+    slower = [row for title, measured in measurements(content) for row in _slower(title, measured)]
+    larger = [row for title, measured in measurements(content) for row in _larger(title, measured)]
+    tables = []
+    if slower:
+        tables.append(aligned(("slower than an exact head", "", "ms", "times", "of"), slower))
+    if larger:
+        tables.append(aligned(("larger than an exact head", "leanest of ours", "MiB", "times", "of"), larger))
+    return "\n\n".join(tables) or "No exact head that was available is faster or leaner than ours in these runs."
+
+
+def _slower(title: str, measured: dict[str, Any]) -> Iterator[Row]:
+    best = _least(measured, "exact", "median_ms")
+    for result in measured["results"]:
+        if best and result["kind"] == "rule" and result["median_ms"] > best["median_ms"]:
+            factor = result["median_ms"] / best["median_ms"]
+            yield (title, result["name"], f"{result['median_ms']:.2f}", f"{factor:.2f}", best["name"])
+
+
+def _larger(title: str, measured: dict[str, Any]) -> Iterator[Row]:
+    best, ours = _least(measured, "exact", "peak_mib"), _least(measured, "rule", "peak_mib")
+    if best and ours and ours["peak_mib"] > best["peak_mib"]:
+        factor = f"{ours['peak_mib'] / best['peak_mib']:.2f}" if best["peak_mib"] > 0 else ""
+        yield (title, ours["name"], f"{ours['peak_mib']:.0f}", factor, best["name"])
+
+
+def _least(measured: dict[str, Any], kind: str, key: str) -> dict[str, Any] | None:
+    """The contender of a kind with the least of something, if any was measured."""
+    candidates = [r for r in measured["results"] if r["kind"] == kind and r[key] is not None]
+    return min(candidates, key=lambda result: result[key], default=None)
+
+
+def shared_table(measured: dict[str, Any]) -> str:
+    """What each of several exits costs against one alone."""
+    head = ("", "alone ms", "an exit ms", "ratio", "alone MiB", "all MiB", "")
+    rows = [
+        (
+            result["name"],
+            f"{result['alone_ms']:.2f}",
+            f"{result['exit_ms']:.2f}",
+            f"{result['exit_to_alone']:.2f}",
+            _given(result["alone_peak_mib"], "{:.0f}"),
+            _given(result["shared_peak_mib"], "{:.0f}"),
+            "",
+        )
+        for result in measured["results"]
+    ]
+    return aligned(head, rows)
 
 
 def times_table(measured: dict[str, Any]) -> str:
@@ -44,4 +138,4 @@ def aligned(head: Row, rows: Sequence[Row]) -> str:
         )
         return "  ".join(padded).rstrip()
 
-    return "\n".join([line(head), "  ".join("-" * w for w in widths), *map(line, rows)])
+    return "\n".join([line(head), "  ".join("-" * w for w in widths).rstrip(), *map(line, rows)])
