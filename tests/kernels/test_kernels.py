@@ -9,7 +9,7 @@ from torch import Tensor
 from localexit.exits.chunked import plain_scaled
 from localexit.exits.loss import LossOptions, loss_and_error
 from localexit.feedback.base import Error
-from localexit.kernels.launch import error_pass, error_rows, scaled, select, weighted_rows
+from localexit.kernels.launch import error_pass, scaled, select, weighted_rows
 
 # The interpreter computes with numpy, which warns of the infinities that the kernels rely on.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
@@ -135,14 +135,6 @@ def test_weighted_rows_equals_the_plain_step() -> None:
     rows = torch.randn(50, 33, generator=generator)
     expected = (weights[..., None] * rows[ids]).sum(1)
     assert far(weighted_rows(ids, weights, rows), expected) < 1e-6
-
-
-@pytest.mark.parametrize("num_rows", [0, 1, 2047, 2048, 4095, 8191, 8192, 10**6])
-def test_the_rows_of_a_program_leave_enough_programs(num_rows: int) -> None:
-    rows = error_rows(num_rows)
-    assert rows in (4, 8, 16)
-    assert rows == 4 or num_rows // rows >= 512
-    assert rows == 16 or num_rows // (2 * rows) < 512
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (7, 5), (70, 100)])

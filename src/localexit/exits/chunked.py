@@ -16,8 +16,9 @@ from localexit.feedback.groups import GROUP, reduce_groups
 # weight_grad="filtered" leaves out errors below this, for a row weight of one: what bf16 does not see next to 1.
 FILTER_THRESHOLD = 2.0**-12
 
-# Bytes of a chunk in the memory preset: fewer, and the products read the weight more often than they compute.
-_MEMORY_PRESET_CHUNK_BYTES = 128 * 2**20
+# Bytes of a chunk in the memory preset: fewer, and the products read the weight more often than they compute; with
+# more, chunk and hidden states would take more than 256 MiB.
+_MEMORY_PRESET_CHUNK_BYTES = 96 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -195,7 +195,7 @@ def exit_cross_entropy(
             of V is such, and the Triton kernels then take a fraction of the product. loss, db and feedback stay
             exact. Not with the memory preset or label smoothing.
         chunk_bytes: size of the buffer for a chunk of logits; by default 64 MiB on the CPU and on a GPU 512 MiB, or
-            4 GiB with the Triton kernels, for which one chunk is best; in the memory preset at most 128 MiB, and what
+            4 GiB with the Triton kernels, for which one chunk is best; in the memory preset at most 96 MiB, and what
             the backward will need for dW.
         data_parallel: the ranks that share the batch; every one makes this call, with its own tokens. Tokens are
             chosen among those of all ranks, and "mean" divides by the tokens of all ranks over the number of ranks:

@@ -16,16 +16,15 @@ from localexit.kernels.select import select_kernel, weighted_rows_kernel
 
 # Rows a program of the tiles' error.
 _TILE_ROWS = 4
-# With fewer programs than this a GPU is not filled.
-_MANY_PROGRAMS = 512
 
 
-def error_rows(num_rows: int) -> int:
-    """Rows a program of the error pass: as many as leave enough programs.
+def error_launch(num_rows: int) -> tuple[int, int]:
+    """Rows a program of the error pass, and its stages; 4 warps.
 
-    With 16 rows and pipelined loads the pass runs at the speed of a copy; see docs/performance.md.
+    With 8 rows and pipelined loads the pass runs at the speed of a copy, given enough programs; for fewer rows smaller
+    programs fill the GPU. Measured on an H100, see docs/performance.md.
     """
-    return next((rows for rows in (16, 8) if num_rows >= rows * _MANY_PROGRAMS), 4)
+    return (8, 3) if num_rows >= 8192 else (4, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +84,14 @@ def error_pass(
         "GROUP": GROUP,
     }
     softcap = options.softcap or 1.0
-    rows_each = error_rows(num_rows)
+    rows_each, stages = error_launch(num_rows)
     error_kernel[(triton.cdiv(num_rows, rows_each),)](
         logits, logits.stride(0), logits if bias is None else bias, target,
         num_rows, vocab_size, num_groups, options.label_smoothing, options.z_loss, softcap,
         result.loss, result.lse, result.log_prob, result.scale, gold_logit, is_rare, result.argmax, result.entropy,
         result.group_max, result.group_sum,
         HAS_BIAS=bias is not None, SOFTCAP=options.softcap is not None,
-        ROWS=rows_each, STAGES=3, num_warps=rows_each // 4, **flags,
+        ROWS=rows_each, STAGES=stages, num_warps=4, **flags,
     )  # fmt: skip
     repair_kernel[(num_rows,)](
         logits, logits.stride(0), target, vocab_size, num_groups,
