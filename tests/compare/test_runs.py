@@ -54,6 +54,15 @@ def test_the_same_cell_again_is_the_same(base: TrainConfig) -> None:
     assert once.valid != run_cell(job(base, "mirror_sampled", seed=6)).valid
 
 
+def test_feedback_is_diagnosed_at_the_steps_asked_for(base: TrainConfig) -> None:
+    plain = job(base, "mirror")
+    cell = run_cell(replace(plain, diagnose_steps=(2, 6), diagnose_tokens=128))
+    assert [one["step"] for one in cell.diagnostics] == [2, 6]
+    assert [one["num_tokens"] for one in cell.diagnostics] == [8 * 15] * 2
+    assert cell.diagnostics[1]["rows_error"] < cell.diagnostics[0]["rows_error"] < 1
+    assert cell.valid == run_cell(plain).valid
+
+
 def test_products_are_counted(base: TrainConfig) -> None:
     """Logits, dW and feedback are 2·V·D each; sampled rows spare the third."""
     products = {

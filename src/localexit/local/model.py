@@ -28,6 +28,7 @@ from localexit.local.steps import (
     ExitEvaluation,
     LogitsStep,
     LossSettings,
+    Step,
     StreamStep,
     TrainingStep,
 )
@@ -253,6 +254,19 @@ class LocalModel(nn.Module):
             )
         return self.model(*_positional(input_ids), **given, **inputs)
 
+    def run(self, step: Step, input_ids: Tensor | None, **inputs: Any) -> None:
+        """One forward in eval mode, up to the step's last exit, with `step` to be told every exit's hidden.
+
+        What measurements are made of; gradients are computed as the caller has them enabled or not.
+
+        Args:
+            step: what is done at the exits.
+            input_ids: int64 [B, T].
+            inputs: the model's other inputs.
+        """
+        with eval_mode(self), self._running_hooks().running(step):
+            self.model(*_positional(input_ids), **self._without_extras(inputs))
+
     def evaluate(self, input_ids: Tensor | None, labels: Tensor, **inputs: Any) -> ExitEvaluation:
         """Loss and accuracy of every exit on one batch, in eval mode, without gradients and without [B, T, V] logits.
 
@@ -262,8 +276,8 @@ class LocalModel(nn.Module):
             inputs: the model's other inputs.
         """
         step = EvaluationStep(settings=self._settings, last_exit=self.num_exits - 1, target=shifted(labels))
-        with torch.no_grad(), eval_mode(self), self._running_hooks().running(step):
-            self.model(*_positional(input_ids), **self._without_extras(inputs))
+        with torch.no_grad():
+            self.run(step, input_ids, **inputs)
         return step.output()
 
     @torch.no_grad()
