@@ -7,6 +7,7 @@ Skipped where there is no CUDA device; `make test` and `make test-ci` run withou
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,7 +40,9 @@ BACKENDS = [("torch", name) for name in feedback_names()] + [("triton", name) fo
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
     """Waiting for the GPU, or reading from it, is an error."""
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

@@ -16,12 +16,14 @@ from localexit.local import LocalModel
 from localexit.train.devices import autocast
 
 
-def _addmm_flops(_total: Sequence[int], left: Sequence[int], right: Sequence[int], **_options: Any) -> int:
+def _addmm_flops(
+    _total: Sequence[int], left: Sequence[int], right: Sequence[int], *_out_dtype: torch.dtype, **_options: Any
+) -> int:
     return 2 * left[0] * left[1] * right[1]
 
 
-# In place, which torch's counter does not know.
-_ALSO_COUNTED: dict[Any, Any] = {torch.ops.aten.addmm_: _addmm_flops}
+# torch's counter does not know the first, and stumbles over the second with another dtype for the sum.
+_ALSO_COUNTED: dict[Any, Any] = {torch.ops.aten.addmm_: _addmm_flops, torch.ops.aten.addmm: _addmm_flops}
 
 
 @contextmanager
