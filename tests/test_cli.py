@@ -81,6 +81,26 @@ def test_a_new_run_gets_a_folder_of_its_own(
     assert sorted(path.name for path in Path("runs").iterdir()) == ["tiny-anchors", "tiny-anchors-2"]
 
 
+def test_generate_with_exits_that_are_sure(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(trained), "--prompt", "the parser", "--max-new-tokens", "5", "--exit", "confidence"]
+    assert cli.run([*command, "--threshold", "0.00001"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "tokens by exit: 0: 5"
+    assert cli.run([*command, "--threshold", "1"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "tokens by exit: 1: 5"
+
+
+def test_a_verified_draft_is_the_last_exits_text(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(trained), "--prompt", "the parser", "--max-new-tokens", "9", "--temperature", "0"]
+    assert cli.run(command) == 0
+    expected = capsys.readouterr()
+    assert cli.run([*command, "--draft-exit", "0", "--draft-tokens", "3"]) == 0
+    drafted = capsys.readouterr()
+    assert drafted.out == expected.out
+    assert "tokens by exit" in drafted.err
+    assert "tokens by exit" not in expected.err
+    assert "temperature" in refused([*command[:-1], "1", "--draft-exit", "0"], capsys)
+
+
 def test_generate_writes_prompt_and_text(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", str(trained), "--prompt", "the parser", "--max-new-tokens", "5", "--seed", "1"]
     texts = []

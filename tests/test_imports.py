@@ -25,8 +25,9 @@ ROOMS: dict[str, set[str]] = {
     "exits": {"_checks", "feedback"},
     "kernels": {"_checks", "feedback", "exits"},
     "local": {"_checks", "feedback", "exits"},
+    "inference": {"_values", "local"},
     "measure": {"_checks", "feedback", "exits", "local", "train"},
-    "train": {"_checks", "_rules", "_values", "feedback", "exits", "local"},
+    "train": {"_checks", "_rules", "_values", "feedback", "exits", "local", "inference"},
     "report": {"_checks", "_text", "feedback"},
     "bench": {"_rules", "_values", "feedback", "exits", "train", "report"},
     "compare": {
@@ -46,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
 # The choice of a backend is made where exits are called, and only when one is asked for.
 LAZY: dict[str, set[str]] = {"_checks": {"feedback"}, "exits": {"kernels"}}
 # What the command imports before it has work to do.
-LIGHT = ("localexit", "localexit.cli", "localexit.train.preflight", "localexit.train.sampling", "localexit.bench")
+LIGHT = ("localexit", "localexit.cli", "localexit.train.preflight", "localexit.inference.sampling", "localexit.bench")
 HEAVY = (
     "triton",
     "transformers",

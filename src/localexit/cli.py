@@ -7,11 +7,12 @@ import math
 import re
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -22,6 +23,9 @@ from localexit._text import visible
 from localexit.bench import BenchConfig
 from localexit.compare.plans import PlanName
 from localexit.train.config import FeedbackSpec, TrainConfig
+
+if TYPE_CHECKING:
+    from localexit.inference.strategies import Strategy
 
 BAD_INPUT = 2
 FAILED = 1
@@ -73,12 +77,17 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Write text with one exit of a trained model; the blocks after it are not run.
+    """Write text with a trained model: with one exit, the first one that is sure, or one exit that another verifies.
 
     Attributes:
         run: folder of the run.
         prompt: text to continue; an empty one starts a new text.
-        exit: which exit, from 0; negative ones count from the last.
+        exit: which exit, from 0; negative ones count from the last; "confidence" takes for each token the first exit
+            that is sure. Blocks after the exit are not run.
+        threshold: with confidence, the probability of its most likely token at which an exit is sure.
+        draft_exit: draft with this exit and verify with the last: the last exit's text, in fewer of its forwards. Needs
+            temperature 0.
+        draft_tokens: most tokens to draft at a time.
         max_new_tokens: most tokens to add.
         temperature: what logits are divided by; 0 takes the most likely token.
         top_k: choose among the k most likely tokens; 0 among all.
@@ -88,7 +97,10 @@ class Generate:
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     prompt: str
-    exit: int = -1
+    exit: int | Literal["confidence"] = -1
+    threshold: float = 0.9
+    draft_exit: int | None = None
+    draft_tokens: int = 4
     max_new_tokens: int = 200
     temperature: float = 0.8
     top_k: int = 50
@@ -97,9 +109,10 @@ class Generate:
 
     def execute(self) -> int:
         """Print the prompt and, piece by piece, what follows it."""
+        from localexit.inference.sampling import Sampling
         from localexit.train.folder import RunFolder
-        from localexit.train.sampling import Sampling
 
+        strategy = self._strategy()
         sampling = Sampling(
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
@@ -107,19 +120,44 @@ class Generate:
             seed=self.seed,
         )
         RunFolder(path=self.run).check_has_model()
+        from localexit.inference.text import generate
         from localexit.train.devices import resolve_device
         from localexit.train.export import load_run
-        from localexit.train.generate import generate
 
         local, tokenizer = load_run(self.run, device=resolve_device(self.device))
+        written_by: Counter[int] = Counter()
         # A terminal obeys control characters; a file may have them as they are.
         shown = visible if sys.stdout.isatty() else str
         sys.stdout.write(shown(self.prompt))
-        for piece in generate(local, tokenizer, self.prompt, exit_index=self.exit, sampling=sampling):
+        for piece in generate(
+            local,
+            tokenizer,
+            self.prompt,
+            strategy=strategy,
+            sampling=sampling,
+            on_token=lambda token: written_by.update([token.exit_index]),
+        ):
             sys.stdout.write(shown(piece))
             sys.stdout.flush()
         sys.stdout.write("\n")
+        if self.exit == "confidence" or self.draft_exit is not None:
+            # Not on stdout: there is the text.
+            sys.stderr.write(f"tokens by exit: {', '.join(f'{i}: {n}' for i, n in sorted(written_by.items()))}\n")
         return 0
+
+    def _strategy(self) -> Strategy:
+        from localexit.inference.strategies import ConfidentExit, FixedExit, SelfSpeculative
+
+        if self.draft_exit is not None:
+            if self.exit != -1:
+                raise ValueError(
+                    f"draft_exit: expected no other exit, got {self.draft_exit} and exit {self.exit}; the last exit "
+                    f"verifies a draft, leave one of them out"
+                )
+            return SelfSpeculative(draft_exit=self.draft_exit, draft_tokens=self.draft_tokens)
+        if self.exit == "confidence":
+            return ConfidentExit(threshold=self.threshold)
+        return FixedExit(exit_index=self.exit)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from localexit.inference.architecture import model_config
 from localexit.local import LocalModel
 from localexit.train.export import export_model
 from localexit.train.folder import RunFolder
-from localexit.train.models import attach_exits, build_model, model_config
+from localexit.train.models import attach_exits, build_model
 from train.small_runs import small_config, train_quietly
 
 CHAT_TEMPLATE = "{% for message in messages %}<s>{{ message.content }}</s>{% endfor %}"

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from localexit.inference.decoder import Decoder
+from localexit.inference.sampling import Sampling
+from localexit.inference.strategies import FixedExit, Token
+from localexit.inference.text import choose, generate, generate_ids, sample_text
 from localexit.local import LocalModel
 from localexit.train.export import load_run
-from localexit.train.generate import choose, generate, generate_ids, sample_text
-from localexit.train.sampling import Sampling
 from train.small_runs import small_config, train_quietly
 
 
@@ -31,20 +33,24 @@ def plain_greedy(local: LocalModel, ids: list[int], exit_index: int, num: int) -
     return ids[-num:]
 
 
+def continuation(local: LocalModel, ids: list[int], sampling: Sampling, exit_index: int = -1) -> list[int]:
+    """What one exit writes after `ids`."""
+    tokens = generate_ids(Decoder(local, ids), strategy=FixedExit(exit_index=exit_index), sampling=sampling)
+    return [token.id for token in tokens]
+
+
 @pytest.mark.parametrize("exit_index", [0, 1, -1])
 def test_the_cache_changes_nothing(local: LocalModel, exit_index: int) -> None:
     greedy = Sampling(temperature=0.0, max_new_tokens=9)
     ids = [5, 9, 40, 7]
-    assert list(generate_ids(local, ids[:], exit_index=exit_index, sampling=greedy)) == plain_greedy(
-        local, ids, exit_index, 9
-    )
+    assert continuation(local, ids, greedy, exit_index) == plain_greedy(local, ids, exit_index, 9)
 
 
 def test_later_blocks_are_not_run_for_an_early_exit(local: LocalModel) -> None:
     ran: list[int] = []
     layers = local.model.model.layers
     handles = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(layers)]
-    list(generate_ids(local, [3, 4], exit_index=0, sampling=Sampling(max_new_tokens=3)))
+    continuation(local, [3, 4], Sampling(max_new_tokens=3), 0)
     for handle in handles:
         handle.remove()
     assert ran == [0, 0, 0]
@@ -52,7 +58,7 @@ def test_later_blocks_are_not_run_for_an_early_exit(local: LocalModel) -> None:
 
 def test_an_exit_that_is_not_there_is_refused(local: LocalModel) -> None:
     with pytest.raises(ValueError, match=r"exit must be in -2\.\.1, got 2"):
-        list(generate_ids(local, [3], exit_index=2, sampling=Sampling(max_new_tokens=1)))
+        continuation(local, [3], Sampling(max_new_tokens=1), 2)
 
 
 def test_the_last_exit_of_a_loaded_run_is_its_model(run: Path, local: LocalModel) -> None:
@@ -75,7 +81,7 @@ def test_a_loaded_run_has_the_exits_and_the_mirror_it_ended_with(run: Path, loca
 def test_text_past_the_longest_context_goes_on(local: LocalModel) -> None:
     limit = local.model.config.max_position_embeddings
     assert limit == 16
-    written = list(generate_ids(local, list(range(5, 30)), exit_index=-1, sampling=Sampling(max_new_tokens=40)))
+    written = continuation(local, list(range(5, 30)), Sampling(max_new_tokens=40))
     assert len(written) == 40
 
 
@@ -83,7 +89,7 @@ def test_the_pieces_are_the_text(run: Path) -> None:
     local, tokenizer = load_run(run, device=torch.device("cpu"))
     sampling = Sampling(max_new_tokens=40, seed=3)
     pieces = list(generate(local, tokenizer, "the parser", sampling=sampling))
-    ids = generate_ids(local, tokenizer.encode("the parser").ids, exit_index=-1, sampling=sampling)
+    ids = continuation(local, tokenizer.encode("the parser").ids, sampling)
     end = local.model.config.eos_token_id
     until_end = list(ids)
     until_end = until_end[: until_end.index(end)] if end in until_end else until_end
@@ -103,9 +109,9 @@ def test_the_same_seed_writes_the_same_text(run: Path) -> None:
 def test_a_character_of_several_tokens_comes_out_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local, tokenizer = load_run(run, device=torch.device("cpu"))
     ids = tokenizer.encode("aé€😀b").ids
-    monkeypatch.setattr("localexit.train.generate.generate_ids", lambda *_, **__: iter(ids))
+    monkeypatch.setattr("localexit.inference.text.generate_ids", lambda *_, **__: (Token(i, 0) for i in ids))
     assert list(generate(local, tokenizer, "x")) == ["a", "é", "€", "😀", "b"]
-    monkeypatch.setattr("localexit.train.generate.generate_ids", lambda *_, **__: iter(ids[:-2]))
+    monkeypatch.setattr("localexit.inference.text.generate_ids", lambda *_, **__: (Token(i, 0) for i in ids[:-2]))
     assert "".join(generate(local, tokenizer, "x")) == "aé€\ufffd"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -58,6 +58,8 @@ class BlockHooks:
         self._is_done = False
         self._is_checked = False
         self._first_inputs: set[Any] = set()
+        # What each block returned after its hidden when it last ran outside of training, for `skipping`.
+        self._rests: dict[int, tuple[None, ...] | None] = {}
         # A compiled block must not trace what happens at an exit. Plain functions, so that a deep copy of these hooks
         # works on the copy.
         self._enter_block = torch.compiler.disable(BlockHooks._separate_inputs)
@@ -102,6 +104,24 @@ class BlockHooks:
             if not step.is_training:
                 reshard(self._sharded)
 
+    @contextmanager
+    def skipping(self, num_blocks: int, hidden: Tensor) -> Iterator[None]:
+        """Do not run the first `num_blocks` blocks: a forward inside goes on from `hidden` after the last of them.
+
+        Raises:
+            ValueError: one of them returns more than its hidden, or has not run before.
+        """
+        with ExitStack() as stack:
+            for index, (name, block) in enumerate(self._blocks[:num_blocks]):
+                if index not in self._rests:
+                    raise ValueError(
+                        f"{name} cannot be skipped: it returns other tensors than its hidden, which later blocks may "
+                        f"need, or it has not run yet; run the model from its first block"
+                    )
+                rest = self._rests[index]
+                stack.enter_context(_replaced_forward(block, hidden if rest is None else (hidden, *rest)))
+            yield
+
     def remove(self) -> None:
         """Take the hooks off the blocks."""
         for handle in self._handles:
@@ -138,6 +158,8 @@ class BlockHooks:
     def _run_exit(self, step: Step, index: int, output: Any) -> Any:
         unit = self._units[index]
         graph = self._graphs[unit.index]
+        if not step.is_training:
+            self._remember(index, output)
         if index != unit.block_indices[-1]:
             graph.add_outputs(tensors_requiring_grad(output))
             return None
@@ -148,6 +170,13 @@ class BlockHooks:
         graph.leave()
         self._is_done = unit.index == step.last_exit
         return replace_tensors(output, detach_tensor) if step.is_training else None
+
+    def _remember(self, index: int, output: Any) -> None:
+        rest = None if isinstance(output, Tensor) else tuple(output[1:])
+        if rest is None or all(item is None for item in rest):
+            self._rests[index] = rest
+        else:
+            self._rests.pop(index, None)
 
     def _check(self, unit: Unit, hidden: Tensor) -> None:
         """In the first training step: does this unit's loss train its own blocks, and nothing else?"""
@@ -170,6 +199,19 @@ class BlockHooks:
                 "a block runs under activation checkpointing (no_grad in the forward, or once more in the "
                 "backward); switch it off: every unit frees its activations before the next one starts"
             )
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, output: Any) -> Iterator[None]:
+    """Let a module return `output` without computing anything, compiled or not."""
+    attributes = module.__dict__
+    own: dict[str, Any] = {name: attributes[name] for name in ("forward", "_compiled_call_impl") if name in attributes}
+    attributes.update(forward=lambda *_, **__: output, _compiled_call_impl=None)
+    try:
+        yield
+    finally:
+        del attributes["forward"], attributes["_compiled_call_impl"]
+        attributes.update(own)
 
 
 def unit_graphs(model: nn.Module, blocks: Sequence[nn.Module], units: Sequence[Unit]) -> list[UnitGraph]:

@@ -21,6 +21,7 @@ from localexit.local.controls import DirectStep, JointStep
 from localexit.local.discover import Anatomy
 from localexit.local.exits import Exit
 from localexit.local.hooks import BlockHooks
+from localexit.local.predict import ExitPredictions, HiddenStep, PredictionStep
 from localexit.local.sharding import clip_grad_norm_
 from localexit.local.steps import (
     DeferredStep,
@@ -279,6 +280,54 @@ class LocalModel(nn.Module):
         with torch.no_grad():
             self.run(step, input_ids, **inputs)
         return step.output()
+
+    def predictions(self, input_ids: Tensor | None, labels: Tensor, **inputs: Any) -> ExitPredictions:
+        """What every exit predicts on one batch, token by token, in eval mode and without gradients.
+
+        Args:
+            input_ids: int64 [B, T].
+            labels: int64 [B, T], as in training.
+            inputs: the model's other inputs.
+        """
+        step = PredictionStep(settings=self._settings, last_exit=self.num_exits - 1, target=shifted(labels))
+        with torch.no_grad(), eval_mode(self), self._running_hooks().running(step):
+            self.model(*_positional(input_ids), **self._without_extras(inputs))
+        return step.output()
+
+    @torch.no_grad()
+    def run_units(
+        self, first: int, last: int, /, input_ids: Tensor, *, hidden: Tensor | None = None, **inputs: Any
+    ) -> Tensor:
+        """Hidden states after unit `last`; of the blocks only those of the units `first` to `last` are run.
+
+        Positions, masks and whatever else the model gives its blocks, it makes from the token ids and from `inputs`,
+        as in any forward. With a cache in `inputs`, the units' blocks see and fill their own part of it.
+
+        Args:
+            first: the first unit to run.
+            last: the last one.
+            input_ids: int64 [B, T].
+            hidden: [B, T, D'], the hidden states of these tokens after unit `first - 1`; None for `first` 0.
+            inputs: the model's other inputs.
+
+        Returns:
+            [B, T, D'], for `logits_from` or for the units after `last`.
+
+        Raises:
+            ValueError: the blocks before unit `first` cannot be left out.
+        """
+        hooks = self._running_hooks()
+        num_skipped = self.units[first].block_indices[0]
+        step = HiddenStep(settings=self._settings, last_exit=last)
+        with hooks.running(step), hooks.skipping(num_skipped, input_ids if hidden is None else hidden):
+            self.model(input_ids, **inputs)
+        assert step.hidden is not None, "the forward ended at the wanted exit"
+        return step.hidden
+
+    @torch.no_grad()
+    def logits_from(self, exit_index: int, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of one exit from the hidden states [..., D'] of its unit."""
+        return self._settings.readout.logits(self.exits[exit_index], hidden)
 
     @torch.no_grad()
     def exit_logits(

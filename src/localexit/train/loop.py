@@ -13,6 +13,9 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
+from localexit.inference.architecture import model_config
+from localexit.inference.sampling import Sampling
+from localexit.inference.text import sample_text
 from localexit.local.units import exit_blocks
 from localexit.train.batches import BatchSampler
 from localexit.train.checkpoint import load_newest, save_checkpoint
@@ -22,12 +25,10 @@ from localexit.train.devices import device_name, resolve_device, resolve_precisi
 from localexit.train.evaluate import validate
 from localexit.train.export import export_model
 from localexit.train.folder import RunFolder, versions
-from localexit.train.generate import sample_text
 from localexit.train.logs import Board, Display, MetricsLog, drop_after
-from localexit.train.models import attach_exits, build_model, model_config
+from localexit.train.models import attach_exits, build_model
 from localexit.train.preflight import check_start
 from localexit.train.presets import PRESETS
-from localexit.train.sampling import Sampling
 from localexit.train.stop import StopRequest
 from localexit.train.trainer import NonFiniteError, RunFailedError, Trainer
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from localexit.inference.architecture import longest_context
 from localexit.local import LocalModel, attach
 from localexit.train.config import TrainConfig, exit_indices
 from localexit.train.presets import PRESETS, Preset, resolve_name
@@ -54,17 +55,6 @@ def build_model(config: TrainConfig, *, vocab_size: int, end_of_text_id: int) ->
             f"pass {longest} or less"
         )
     return model
-
-
-def longest_context(architecture: Any) -> int | None:
-    """How many tokens a model of `transformers` takes at once; None where its configuration names no limit."""
-    return getattr(architecture, "max_position_embeddings", None)
-
-
-def model_config(local: LocalModel) -> Any:
-    """The configuration that `transformers` keeps with a model."""
-    model: Any = local.model
-    return model.config
 
 
 def attach_exits(model: Any, config: TrainConfig, *, device: torch.device) -> LocalModel:
