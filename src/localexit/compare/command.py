@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from localexit.compare.cells import CellFile, read_cells
+from localexit.compare.page import write_page
 from localexit.compare.plans import Job
 from localexit.compare.results import best_settings, groups, text_warning
 from localexit.compare.runner import missing_jobs, run_jobs
@@ -61,6 +62,7 @@ class Comparison:
             say(f"not comparable: {warning}")
         for name, settings in best_settings(cells.cells).items():
             say(f"best settings of {name}: {settings}")
+        say(f"page: {write_page(cells.cells, self.output)}")
         if num_left:
             say(f"{num_left} cells are missing; the same command goes on with them")
         return num_left

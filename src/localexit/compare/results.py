@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from localexit.compare.cells import Cell, check_one_setting
 from localexit.compare.methods import BACKPROP, EXACT, Method
-from localexit.compare.statistics import Estimate, mean_estimate, paired_difference
+from localexit.compare.statistics import Estimate, log_slope, mean_estimate, paired_difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Row:
     @property
     def training_flops(self) -> float:
         """FLOPs of the whole training, in matrix products."""
-        return self.cells[0].flops_per_token * max(v.tokens for cell in self.cells for v in cell.valid)
+        return _training_flops(self.cells[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,27 @@ class Group:
         """Training tokens of a run."""
         config = self.rows[0].cells[0].config
         return int(self.steps * config["batch_size"] * config["context"] * config["accumulate"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderPoint:
+    """One width of a ladder: FLOPs of the training, and the last exit's loss, mean over seeds."""
+
+    flops: float
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """Loss against compute over models of different sizes.
+
+    Attributes:
+        points: by method, for methods trained on several models, by rising compute.
+        slopes: exponent of the power law through all seeds' points, by method.
+    """
+
+    points: Mapping[str, tuple[LadderPoint, ...]]
+    slopes: Mapping[str, Estimate]
 
 
 def groups(cells: Sequence[Cell]) -> tuple[Group, ...]:
@@ -134,6 +155,23 @@ def _row(method: str, cells: Sequence[Cell], exact: dict[int, float], backprop: 
 def _last_losses(cells: Sequence[Cell], method: str) -> dict[int, float]:
     """Loss of the last exit by seed."""
     return {c.key.seed: c.loss[-1] for c in cells if c.method == method and c.status == "finished"}
+
+
+def ladder(cells: Sequence[Cell]) -> Ladder | None:
+    """The size ladder in some cells; None where no method was trained on several models."""
+    points, slopes = {}, {}
+    for method in dict.fromkeys(cell.method for cell in cells):
+        mine = [cell for cell in cells if cell.method == method and cell.status == "finished"]
+        rows = [row for group in groups(mine) for row in group.rows] if len({c.key.model for c in mine}) > 1 else []
+        if rows:
+            found = [LadderPoint(flops=row.training_flops, loss=row.losses[-1]) for row in rows]
+            points[method] = tuple(sorted(found, key=lambda point: point.flops))
+            slopes[method] = log_slope([_training_flops(cell) for cell in mine], [cell.loss[-1] for cell in mine])
+    return Ladder(points=points, slopes=slopes) if points else None
+
+
+def _training_flops(cell: Cell) -> float:
+    return cell.flops_per_token * cell.valid[-1].tokens
 
 
 def best_settings(cells: Sequence[Cell]) -> dict[str, dict[str, float]]:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from localexit._text import visible
@@ -59,15 +59,19 @@ def write_report(run_dirs: Sequence[Path], *, output: Path | None = None) -> Pat
     plots = page.parent / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     for chart in overlay or views[0].charts:
-        _replace(plots / f"{chart.name}.png", chart.png())
-    _replace(page, html.encode())
+        replace_file(plots / f"{chart.name}.png", chart.png())
+    replace_file(page, html.encode())
     return page
 
 
-def environment() -> Environment:
-    """The template engine: unknown names are errors, every expression is made visible and escaped."""
+def environment(*packages: str) -> Environment:
+    """The template engine: unknown names are errors, every expression is made visible and escaped.
+
+    Args:
+        packages: with templates of their own, looked at before the report's.
+    """
     engine = Environment(
-        loader=PackageLoader("localexit.report"),
+        loader=ChoiceLoader([PackageLoader(package) for package in (*packages, "localexit.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_neutralised,
@@ -106,7 +110,7 @@ def _page_path(runs: Sequence[Run], output: Path | None) -> Path:
     return page
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write whole or not at all: a browser may be reading the old one."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content)

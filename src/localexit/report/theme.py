@@ -110,9 +110,9 @@ def figure_style() -> Iterator[None]:
         yield
 
 
-def canvas(width: float, height: float, *, right: float = 0.2) -> tuple[Figure, Axes]:
-    """Make a figure of `width` x `height` inches with one pair of axes and `right` inches beside them."""
-    left, bottom, top = 0.56, 0.52, 0.42
+def canvas(width: float, height: float, *, left: float = 0.56, right: float = 0.2) -> tuple[Figure, Axes]:
+    """Make a figure of `width` x `height` inches with one pair of axes, `left` and `right` inches beside them."""
+    bottom, top = 0.52, 0.42
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes(
         (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)

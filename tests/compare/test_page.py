@@ -1,0 +1,124 @@
+"""The page says what the cells say, needs nothing but itself, and stays whole with odd cells."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compare.made_up import BASE, cell
+from localexit.compare.cells import Cell
+from localexit.compare.charts import group_charts
+from localexit.compare.page import write_page
+from localexit.compare.results import groups, ladder
+
+
+def diagnosis(step: int, *cosines: float, rows_error: float | None = None) -> dict[str, Any]:
+    numbers = ("feedback_cosine", "norm_ratio", "bias_ratio", "batch_gradient_cosine")
+    exits = [
+        {"exit": index, "gradient_cosine": value, **dict.fromkeys(numbers, 0.25)} for index, value in enumerate(cosines)
+    ]
+    return {"step": step, "num_tokens": 17136, "rows_cosine": None, "rows_error": rows_error, "exits": exits}
+
+
+CELLS = [
+    *(cell("transport", seed, 3.0 + seed) for seed in (0, 1)),
+    *(cell("backprop", seed, 2.875 + seed) for seed in (0, 1)),
+    cell("mirror", 0, 3.0625, diagnostics=(diagnosis(4, 0.5, 0.75), diagnosis(40, 0.96, 0.99, rows_error=0.375))),
+    cell("hybrid", 0, 9.9, status="diverged", detail="NaN", valid=()),
+]
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_page(CELLS, tmp_path_factory.mktemp("page")).read_text(encoding="utf-8")
+
+
+def cells_of(html: str, method: str) -> list[str]:
+    """Texts of the first table row of a method."""
+    row = re.search(rf"<tr><th[^>]*><span[^>]*></span><bdi>{re.escape(method)}</bdi>.*?</tr>", html, re.DOTALL)
+    assert row, method
+    return re.findall(r"<td[^>]*>(.*?)</td>", row[0])
+
+
+def test_results(html: str) -> None:
+    assert cells_of(html, "transport")[:5] == ["3.600", "3.500", "", "+0.125 ±0.000", "2"]
+    assert cells_of(html, "mirror")[:5] == ["3.163", "3.062", "(+0.062)", "(+0.188)", "1"]
+    assert cells_of(html, "hybrid")[:2] == ["–", "–"]
+    assert cells_of(html, "hybrid")[4] == "0 +1 diverged"
+
+
+def test_diagnosis_of_the_last_step(html: str) -> None:
+    table = html.split("Feedback against the exact gradient")[1].split("</table>")[0]
+    assert "0.960" in table
+    assert "0.990" in table
+    assert "0.375" in table
+    assert "0.500" not in table
+
+
+def test_the_page_needs_nothing_else(html: str) -> None:
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", html)
+    assert "<script" not in html
+
+
+def test_equal_cells_are_an_equal_page_and_the_charts_are_files(tmp_path: Path) -> None:
+    once, again = (write_page(CELLS, tmp_path / name) for name in "ab")
+    assert once.read_bytes() == again.read_bytes()
+    names = sorted(path.name for path in (tmp_path / "a" / "plots").iterdir())
+    assert names == [f"{what}-mini-40.png" for what in ("cosines", "cost", "curves", "differences")]
+
+
+def test_hostile_names_are_text(tmp_path: Path) -> None:
+    made = replace(cell("dense", 0, 3.0), device="<img src=x>", commit="</table><script>")
+    html = write_page([made], tmp_path).read_text(encoding="utf-8")
+    assert "<img src=x>" not in html
+    assert "<script" not in html
+
+
+def charts_of(cells: list[Cell]) -> dict[str, Any]:
+    (group,) = groups(cells)
+    return {chart.name.split("-")[0]: chart for chart in group_charts(group)}
+
+
+def test_charts_are_left_out_where_there_is_nothing_to_draw() -> None:
+    assert set(charts_of(CELLS)) == {"differences", "curves", "cost", "cosines"}
+    assert set(charts_of([cell("dense", 0, 3.0)])) == {"curves", "cost"}
+    assert charts_of([cell("dense", 0, 3.0, status="diverged", valid=())]) == {}
+
+
+def test_what_the_charts_show() -> None:
+    charts = charts_of(CELLS)
+    widths = [bar.get_width() for bar in charts["differences"].figure.axes[0].patches]
+    assert widths == pytest.approx([0.0625, -0.125])
+    curves = {line.get_label(): line for line in charts["cosines"].figure.axes[0].lines}
+    assert any(list(line.get_ydata()) == [0.5, 0.96] for line in curves.values())
+    assert "mirror +0.062" in charts["differences"].alt
+
+
+def test_ladder() -> None:
+    """Loss ∝ FLOPs^-0.1 by construction, in both seeds; what was trained on one model alone has no ladder."""
+    cells = [cell("dense", 0, 3.0)]
+    for index, model in enumerate(("small-256", "small", "small-768")):
+        for seed in (0, 1):
+            factor = 4.0**index
+            made = cell("transport", seed, 4 * factor**-0.1, config=replace(BASE, model=model))
+            cells.append(replace(made, flops_per_token=1e6 * factor))
+    found = ladder(cells)
+    assert found is not None
+    assert list(found.points) == ["transport"]
+    assert found.slopes["transport"].mean == pytest.approx(-0.1)
+    assert [point.flops for point in found.points["transport"]] == pytest.approx([1.28e9, 5.12e9, 2.048e10])
+    assert [point.loss for point in found.points["transport"]] == pytest.approx([4, 4 * 4**-0.1, 4 * 16**-0.1])
+    assert ladder(CELLS) is None
+
+
+def test_the_ladder_is_on_the_page(tmp_path: Path) -> None:
+    cells = [
+        cell("transport", 0, 3.0 - index, config=replace(BASE, model=m)) for index, m in enumerate(("tiny", "mini"))
+    ]
+    cells[1] = replace(cells[1], flops_per_token=2e7)
+    assert "validation loss against training FLOPs" in write_page(cells, tmp_path).read_text(encoding="utf-8")
+    assert (tmp_path / "plots" / "ladder.png").is_file()
