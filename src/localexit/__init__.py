@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         feedback_names,
         make_feedback,
     )
-    from localexit.local import LocalModel, LocalOutput, load_exits, save_exits
+    from localexit.local import ExitSchedule, LocalModel, LocalOutput, load_exits, save_exits
     from localexit.local.attach import attach
 
 __version__ = "0.1.0"
@@ -47,6 +47,7 @@ __all__ = [
     "ExactParallel",
     "ExactParallelExitHead",
     "ExitHead",
+    "ExitSchedule",
     "ExitStats",
     "ExitStep",
     "FactorizedExitHead",

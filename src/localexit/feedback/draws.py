@@ -18,6 +18,9 @@ _MASK = 0xFFFFFFFF
 # Odd constants that keep the streams apart; any fixed values do.
 _DRAW_STREAM = 0x2545F491
 _ROW_STREAM = 0x5851F42D
+_EXIT_STREAM = 0x14057B7F
+# For `choose_rows`: the tokens that an exit sees, apart from the anchors among them.
+SEEN_STREAM = 0x2F83A1C5
 # A choice of tokens orders them by hash, then by row: rows take the low bits of a key.
 _ROW_BITS = 30
 # The keys of tokens that do not count are at least this.
@@ -79,7 +82,9 @@ def token_uniforms(seed: int, step: Tensor, exit_index: int, rows: Tensor, num: 
     return _to_unit(_mix(keys[:, None] ^ lanes[None, :]))
 
 
-def choice_keys(seed: int, step: Tensor, exit_index: int, is_counted: Tensor, first_row: int = 0) -> Tensor:
+def choice_keys(
+    seed: int, step: Tensor, exit_index: int, is_counted: Tensor, first_row: int = 0, stream: int = _ROW_STREAM
+) -> Tensor:
     """What a choice of tokens orders them by: the ones with the smallest keys are chosen.
 
     A key is a pure function of (seed, step, exit, global row), so choices among parts of a batch can be merged: the
@@ -91,16 +96,25 @@ def choice_keys(seed: int, step: Tensor, exit_index: int, is_counted: Tensor, fi
         exit_index: which exit of the model.
         is_counted: bool [N], False on ignored tokens.
         first_row: global number of the first of these tokens, which are numbered on from there.
+        stream: choices of another stream are independent.
 
     Returns:
         int64 [N], all different up to 2**30 tokens a step; at least `UNCOUNTED` on tokens that do not count.
     """
     rows = torch.arange(is_counted.shape[0], device=is_counted.device, dtype=torch.int64) + first_row
-    keys = _row_keys(seed, _ROW_STREAM, step, exit_index, rows)
+    keys = _row_keys(seed, stream, step, exit_index, rows)
     return torch.where(is_counted, keys, _MASK + 1) * (1 << _ROW_BITS) + rows
 
 
-def choose_rows(seed: int, step: Tensor, exit_index: int, is_counted: Tensor, num: int, first_row: int = 0) -> Tensor:
+def choose_rows(
+    seed: int,
+    step: Tensor,
+    exit_index: int,
+    is_counted: Tensor,
+    num: int,
+    first_row: int = 0,
+    stream: int = _ROW_STREAM,
+) -> Tensor:
     """A uniformly random choice of tokens, without replacement, among those that count.
 
     Args:
@@ -110,11 +124,25 @@ def choose_rows(seed: int, step: Tensor, exit_index: int, is_counted: Tensor, nu
         is_counted: bool [N], False on ignored tokens.
         num: how many are wanted.
         first_row: global number of the first of these tokens.
+        stream: choices of another stream are independent.
 
     Returns:
         int64 [min(num, N)], ascending. Tokens that do not count appear only when fewer than `num` do: whoever uses
         the rows leaves those out, so that nothing has to be copied to the host to find out how many there are.
     """
-    keys = choice_keys(seed, step, exit_index, is_counted, first_row)
+    keys = choice_keys(seed, step, exit_index, is_counted, first_row, stream)
     chosen = torch.topk(keys, min(num, is_counted.shape[0]), largest=False).indices
     return chosen.sort().values
+
+
+def choose_exits(seed: int, step: int, num: int, num_exits: int) -> tuple[int, ...]:
+    """A uniformly random choice of exits, without replacement: `num` of 0..num_exits-1, ascending.
+
+    Args:
+        seed: the rule's seed.
+        step: the optimiser step.
+        num: how many are wanted.
+        num_exits: how many there are.
+    """
+    keys = _row_keys(seed, _EXIT_STREAM, torch.tensor(step), 0, torch.arange(num_exits))
+    return tuple(sorted(keys.argsort(stable=True)[:num].tolist()))

@@ -5,6 +5,7 @@ from localexit.local.discover import Anatomy, discover
 from localexit.local.exits import Exit
 from localexit.local.model import LocalModel
 from localexit.local.saving import load_exits, restore_exits, save_exits
+from localexit.local.schedule import ExitSchedule
 from localexit.local.steps import ExitEvaluation, LocalOutput
 from localexit.local.units import Unit
 
@@ -12,6 +13,7 @@ __all__ = [
     "Anatomy",
     "Exit",
     "ExitEvaluation",
+    "ExitSchedule",
     "LocalModel",
     "LocalOutput",
     "Unit",

@@ -14,6 +14,7 @@ from localexit.feedback import Feedback, make_feedback
 from localexit.local.discover import Anatomy, discover
 from localexit.local.exits import Exit, Readout, make_exits, warn_if_scale_invariant
 from localexit.local.model import LocalModel
+from localexit.local.schedule import ExitSchedule
 from localexit.local.sharding import is_sharded, reshard, sharded_modules
 from localexit.local.steps import LossSettings
 from localexit.local.units import exit_blocks, make_units
@@ -29,6 +30,7 @@ def attach(
     exit_norm: str | nn.Module = "shared",
     backward: str = "deferred",
     exit_weights: Sequence[float] | None = None,
+    schedule: ExitSchedule | None = None,
     example: Tensor | Mapping[str, Any] | None = None,
     seed: int = 0,
     label_smoothing: float = 0.0,
@@ -64,6 +66,8 @@ def attach(
             controls that are not local, their gradients made in the forward too: "joint", end-to-end backprop from all
             exits, and "direct", direct feedback alignment from the last exit; see `localexit.local.controls`.
         exit_weights: what each exit's loss counts in the sum, positive; 1 each by default.
+        schedule: a warm-up of the weights; fewer exits or fewer tokens a step, to make exits cheaper. None: every exit
+            sees all tokens in every step.
         example: token ids [B, T], or a dict with the inputs of one forward, where random ids would not do.
         seed: seed of the rule when given by name, and of the random tokens.
         label_smoothing: of the training loss, in [0, 1).
@@ -80,6 +84,11 @@ def attach(
     """
     _check_model(model)
     _checks.choice("backward", backward, BACKWARD_MODES)
+    schedule = schedule or ExitSchedule()
+    if backward == "direct" and schedule.exits_per_step is not None:
+        raise ValueError(
+            "exits_per_step is not for backward='direct', whose only loss is the last exit's; leave it out"
+        )
     _checks.loss_options("mean", label_smoothing, z_loss, None)
     anatomy = discover(model, example, seed=seed)
     # The forward has left whole parameters where units are to find sharded ones.
@@ -112,6 +121,7 @@ def attach(
         ),
         backward_mode=backward,
         exit_weights=exit_weights,
+        schedule=schedule,
     )
     if data_parallel is not None:
         _start_from_first_rank(local, data_parallel)

@@ -40,9 +40,13 @@ class GradientAverage:
             bucket.finish()
 
     def finish(self) -> None:
-        """Average what is left, and wait until everything is there."""
+        """Average what is left, and wait until everything is there.
+
+        A unit without any gradient has sat the step out, on all ranks alike.
+        """
         for index in sorted(self._todo):
-            self.start(index)
+            if any(parameter.grad is not None for parameter in self._todo[index]):
+                self.start(index)
         for bucket in self._under_way:
             bucket.finish()
         self._under_way = []

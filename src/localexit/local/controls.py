@@ -51,12 +51,13 @@ class DirectStep(_AtTheEnd):
 
     normed_hiddens: list[Tensor] = field(default_factory=list)
 
-    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+    def learn(self, exit_: Exit, hidden: Tensor) -> None:
         """Keep the hidden; at the last exit compute the loss, dW and the feedback of all."""
         is_last = exit_.index == self.last_exit
-        self.normed_hiddens.append(self.normed(exit_, hidden))
-        result = self.exit_step(exit_, self.normed_hiddens[-1], is_trained=is_last)
-        self.losses.append(result.loss)
+        seen = self.seen_by(exit_)
+        normed = self.normed(exit_, hidden, seen)
+        self.normed_hiddens.append(normed)
+        feedback = self.run_exit(exit_, normed, seen, is_trained=is_last)
         self.grads |= self.router_grads(exit_)
         if is_last:
-            self.grads |= dict.fromkeys(self.normed_hiddens, result.feedback)
+            self.grads |= dict.fromkeys(self.normed_hiddens, feedback)

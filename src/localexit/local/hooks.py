@@ -56,7 +56,7 @@ class BlockHooks:
         self._graphs = unit_graphs(model, blocks, units)
         self._step: Step | None = None
         self._is_done = False
-        self._is_checked = False
+        self._checked: set[int] = set()
         self._first_inputs: set[Any] = set()
         # What each block returned after its hidden when it last ran outside of training, for `skipping`.
         self._rests: dict[int, tuple[None, ...] | None] = {}
@@ -89,7 +89,7 @@ class BlockHooks:
         try:
             yield
         except ForwardDone:
-            self._is_checked = self._is_checked or step.is_training
+            pass
         else:
             raise RuntimeError(
                 f"the forward ended without running block {self._blocks[-1][0]!r}, so its exit has no loss; "
@@ -148,7 +148,7 @@ class BlockHooks:
         unit = self._units[index]
         self._refuse_recomputation(step)
         if unit.index == 0:
-            if not self._is_checked:
+            if len(self._checked) < len(self._exits):
                 self._first_inputs.update(map(origin, tensors_requiring_grad((args, kwargs))))
             return None
         graph = self._graphs[unit.index]
@@ -164,8 +164,9 @@ class BlockHooks:
             graph.add_outputs(tensors_requiring_grad(output))
             return None
         hidden = first_tensor(output, what=self._blocks[index][0])
-        if step.is_training and not self._is_checked:
+        if step.is_training and unit.index not in self._checked:
             self._check(unit, hidden)
+            self._checked.add(unit.index)
         step.at_exit(self._exits[unit.index], hidden)
         graph.leave()
         self._is_done = unit.index == step.last_exit
@@ -179,7 +180,7 @@ class BlockHooks:
             self._rests.pop(index, None)
 
     def _check(self, unit: Unit, hidden: Tensor) -> None:
-        """In the first training step: does this unit's loss train its own blocks, and nothing else?"""
+        """In its first training step: does this unit's loss train its own blocks, and nothing else?"""
         graph = self._graphs[unit.index]
         graph.check(hidden, [self._blocks[index] for index in unit.block_indices])
         names = graph.untrained(self._first_inputs)

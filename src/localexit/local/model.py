@@ -22,7 +22,8 @@ from localexit.local.discover import Anatomy
 from localexit.local.exits import Exit
 from localexit.local.hooks import BlockHooks
 from localexit.local.predict import ExitPredictions, HiddenStep, PredictionStep
-from localexit.local.sharding import clip_grad_norm_
+from localexit.local.schedule import ExitSchedule
+from localexit.local.sharding import clip_grad_norm_, sharded_modules
 from localexit.local.steps import (
     DeferredStep,
     EvaluationStep,
@@ -123,6 +124,7 @@ class LocalModel(nn.Module):
         settings: LossSettings,
         backward_mode: str,
         exit_weights: Sequence[float] | None,
+        schedule: ExitSchedule,
     ) -> None:
         super().__init__()
         self.model = model
@@ -135,6 +137,7 @@ class LocalModel(nn.Module):
         self.backward_mode = backward_mode
         self.exit_weights = (1.0,) * len(exits) if exit_weights is None else exit_weights
         self.blocks = anatomy.blocks
+        self.schedule = schedule
         self._shared = shared
         self._settings = settings
         self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
@@ -195,6 +198,28 @@ class LocalModel(nn.Module):
                 f"leave an exit out with exits= instead of giving it no weight"
             )
         self._exit_weights = values
+
+    @property
+    def schedule(self) -> ExitSchedule:
+        """What exits do from step to step; may be set between steps."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: ExitSchedule) -> None:
+        schedule.check(self.num_exits)
+        if schedule.exits_per_step is not None and sharded_modules(self.model):
+            raise ValueError(
+                "exits_per_step is not for blocks that fully_shard has spread over ranks: they wait for a backward "
+                "that does not come when their exit sits a step out; use token_share, or wrap the blocks in DDP"
+            )
+        self._schedule = schedule
+
+    def step_weights(self) -> tuple[float, ...]:
+        """What each exit's loss counts in this optimiser step, by the schedule; 0 where it sits the step out."""
+        if not self.schedule.depends_on_step:
+            return self.exit_weights
+        # Waits for the device: which blocks run is decided on the host.
+        return self.schedule.weights(self.exit_weights, seed=self.feedback.seed, step=int(self.feedback.step))
 
     def exit_position(self, exit_index: int) -> int:
         """The position 0..L-1 of an exit that may be counted from the last.
@@ -444,17 +469,19 @@ class LocalModel(nn.Module):
 
     def _training_step(self, inputs: TrainingInputs) -> TrainingStep:
         target = shifted(inputs.labels)
+        weights = self.step_weights()
         has_router_loss = inputs.kwargs.get("output_router_logits", True)
         batch = Batch(
             target=target,
             num_items=num_targets(target, self.data_parallel) if inputs.num_items is None else inputs.num_items,
             token_weight=None if inputs.token_weight is None else shifted_weight(inputs.token_weight, inputs.labels),
-            weights=self.exit_weights,
+            weights=weights,
+            token_share=self.schedule.token_share,
             first_row=self._count_rows(target),
             routers=self.anatomy.routers if has_router_loss else None,
             router_mask=_token_mask(inputs.kwargs.get("attention_mask"), target),
         )
-        last_exit = self.num_exits - 1
+        last_exit = max(index for index, weight in enumerate(weights) if weight > 0)
         if self.backward_mode == "deferred":
             return DeferredStep(settings=self._settings, last_exit=last_exit, batch=batch)
         loss_scale = 1.0 if inputs.loss_scale is None else inputs.loss_scale

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from localexit.exits.functional import ExitStep, exit_cross_entropy, exit_step
+from localexit.exits.functional import exit_cross_entropy, exit_step
 from localexit.exits.ranks import DataParallel
 from localexit.feedback.base import Feedback, accumulate_dtype
 from localexit.local.average import GradientAverage
-from localexit.local.batch import IGNORE_INDEX, Batch, num_targets
+from localexit.local.batch import IGNORE_INDEX, Batch, Seen, num_targets
 from localexit.local.exits import Exit, Readout
 
 
@@ -23,8 +23,9 @@ class LocalOutput(NamedTuple):
     Attributes:
         loss: 0-dim, Σ over exits of weight · (loss + router loss), in nats/token. "deferred": call backward on it.
             "stream": the gradients are there already, and backward on it is an error.
-        exit_losses: [num_exits], each exit's own cross-entropy, unweighted and detached. Of several ranks each
-            has its own part times the number of ranks: the mean over ranks is the loss of the whole batch.
+        exit_losses: [num_exits], each exit's own cross-entropy, unweighted and detached; NaN for one that sat the step
+            out. Of several ranks each has its own part times the number of ranks: the mean over ranks is the loss of
+            the whole batch.
         logits: None; logits are never materialised in training.
         router_losses: [num_exits], the auxiliary loss of each unit's routers, likewise; None for a model without.
     """
@@ -86,37 +87,49 @@ class TrainingStep(Step):
     Attributes:
         batch: what is learned from.
         router_logits: of the routers that have run since the last exit.
+        losses, router_losses: by index of the exits that have taken part.
     """
 
     batch: Batch
     router_logits: list[Tensor] = field(default_factory=list)
-    losses: list[Tensor] = field(default_factory=list)
-    router_losses: list[Tensor] = field(default_factory=list)
+    losses: dict[int, Tensor] = field(default_factory=dict)
+    router_losses: dict[int, Tensor] = field(default_factory=dict)
     is_training: bool = True
 
-    def normed(self, exit_: Exit, hidden: Tensor) -> Tensor:
-        """The exit's normed hidden with its graph, after checking that the labels fit it."""
-        normed = self.settings.readout.normed(exit_, hidden)
-        if normed.shape[:-1] != self.batch.target.shape:
-            raise ValueError(
-                f"labels have shape {list(self.batch.target.shape)} but the hidden states at the exit are "
-                f"{list(normed.shape)}: expected one label a token; pass labels shaped like input_ids, with "
-                f"{IGNORE_INDEX} where nothing is to be learned"
-            )
-        return normed
+    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+        """Let the unit learn, unless its exit sits this step out."""
+        self.batch.check(hidden)
+        if self.batch.weights[exit_.index] > 0:
+            self.learn(exit_, hidden)
+        self.router_logits.clear()
 
-    def take_router_loss(self) -> Tensor:
+    def learn(self, exit_: Exit, hidden: Tensor) -> None:
+        """The exit's loss, and what follows from it."""
+        raise NotImplementedError
+
+    def seen_by(self, exit_: Exit) -> Seen:
+        """The tokens that an exit sees."""
+        rule = self.settings.feedback
+        return self.batch.seen_by(exit_.index, seed=rule.seed, step=rule.step)
+
+    def normed(self, exit_: Exit, hidden: Tensor, seen: Seen) -> Tensor:
+        """The normed hidden of the tokens that the exit sees, with its graph."""
+        return self.settings.readout.normed(exit_, seen.of(hidden))
+
+    def router_loss(self, exit_: Exit) -> Tensor:
         """The auxiliary loss of the routers in the unit that ends here, with its graph; 0-dim, 0 without routers.
 
-        Like the cross-entropy it is a mean over tokens: a part of a batch counts by its share of the labels.
+        Like the cross-entropy it is a mean over tokens: a part of a batch counts by its share of the labels, and the
+        mean over ranks is that of all.
         """
-        logits, self.router_logits = self.router_logits, []
         batch = self.batch
-        if batch.routers is None or not logits:
+        if batch.routers is None or not self.router_logits:
             loss = batch.target.new_zeros((), dtype=torch.float32)
         else:
-            loss = batch.routers.loss(logits, batch.router_mask) * (num_targets(batch.target) / batch.num_items)
-        self.router_losses.append(loss.detach())
+            ranks = self.settings.data_parallel
+            share = num_targets(batch.target) / batch.num_items * (1 if ranks is None else ranks.size)
+            loss = batch.routers.loss(self.router_logits, batch.router_mask) * share
+        self.router_losses[exit_.index] = loss.detach()
         return loss
 
     def output(self) -> LocalOutput:
@@ -126,9 +139,20 @@ class TrainingStep(Step):
     def _output(self, loss: Tensor) -> LocalOutput:
         return LocalOutput(
             loss=loss,
-            exit_losses=torch.stack(self.losses).detach(),
-            router_losses=None if self.batch.routers is None else torch.stack(self.router_losses),
+            exit_losses=self._per_exit(self.losses),
+            router_losses=None if self.batch.routers is None else self._per_exit(self.router_losses),
         )
+
+    def _per_exit(self, losses: Mapping[int, Tensor]) -> Tensor:
+        first = next(iter(losses.values()))
+        missing = first.new_full((), torch.nan)
+        return torch.stack([losses.get(index, missing).detach() for index in range(len(self.batch.weights))])
+
+    def _weighted_sum(self, losses: Mapping[int, Tensor]) -> Tensor:
+        """Σ weight · loss over the exits that have taken part."""
+        weights = [self.batch.weights[index] for index in losses]
+        stacked = torch.stack(list(losses.values()))
+        return (stacked * stacked.new_tensor(weights)).sum()
 
 
 @dataclass(kw_only=True)
@@ -139,32 +163,32 @@ class DeferredStep(TrainingStep):
         objectives: what each unit minimises, its exit's loss and its routers'.
     """
 
-    objectives: list[Tensor] = field(default_factory=list)
+    objectives: dict[int, Tensor] = field(default_factory=dict)
 
-    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+    def learn(self, exit_: Exit, hidden: Tensor) -> None:
         """Compute the exit's loss with its graph."""
-        settings, batch = self.settings, self.batch
+        settings, seen = self.settings, self.seen_by(exit_)
         loss = exit_cross_entropy(
-            self.normed(exit_, hidden),
+            self.normed(exit_, hidden, seen),
             settings.readout.weight,
-            batch.target,
+            seen.target,
             feedback=settings.feedback,
             linear_bias=settings.readout.bias(),
-            num_items=batch.num_items,
-            token_weight=batch.token_weight,
+            num_items=seen.num_items,
+            token_weight=seen.token_weight,
             label_smoothing=settings.label_smoothing,
             z_loss=settings.z_loss,
             softcap=settings.readout.softcap,
             exit_index=exit_.index,
-            first_row=batch.first_row,
+            first_row=self.batch.first_row,
             data_parallel=settings.data_parallel,
         )
-        self.losses.append(loss)
-        self.objectives.append(loss + self.take_router_loss())
+        self.losses[exit_.index] = loss
+        self.objectives[exit_.index] = loss + self.router_loss(exit_)
 
     def output(self) -> LocalOutput:
         """Σ weight · (loss + router loss) with its graph."""
-        return self._output(_weighted_sum(torch.stack(self.objectives), self.batch.weights))
+        return self._output(self._weighted_sum(self.objectives))
 
 
 @dataclass(kw_only=True)
@@ -185,43 +209,44 @@ class StreamStep(TrainingStep):
         self.weight_grad = SharedGradient(readout.weight)
         self.bias_grad = SharedGradient(readout.unembedding.bias, factor=readout.scale)
 
-    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+    def learn(self, exit_: Exit, hidden: Tensor) -> None:
         """Loss, dW and feedback of the exit, then the backward of its unit."""
-        normed = self.normed(exit_, hidden)
-        result = self.exit_step(exit_, normed)
-        self.losses.append(result.loss)
-        self._backward({normed: result.feedback, **self.router_grads(exit_)})
+        seen = self.seen_by(exit_)
+        normed = self.normed(exit_, hidden, seen)
+        feedback = self.run_exit(exit_, normed, seen)
+        self._backward({normed: feedback, **self.router_grads(exit_)})
         self._average_unit(exit_.index)
 
-    def exit_step(self, exit_: Exit, normed: Tensor, *, is_trained: bool = True) -> ExitStep:
-        """The exit's loss, unweighted; its dW, added to the sum; its feedback. Not trained, only the loss."""
-        settings, batch, readout = self.settings, self.batch, self.settings.readout
-        factor = batch.weights[exit_.index] * self.loss_scale
+    def run_exit(self, exit_: Exit, normed: Tensor, seen: Seen, *, is_trained: bool = True) -> Tensor | None:
+        """Keep the exit's loss, unweighted; add its dW to the sum; return its feedback. Not trained, only the loss."""
+        settings, readout = self.settings, self.settings.readout
+        factor = self.batch.weights[exit_.index] * self.loss_scale
         bias = readout.bias()
         result = exit_step(
             normed.detach(),
             readout.weight.detach(),
-            batch.target,
+            seen.target,
             feedback=settings.feedback,
             linear_bias=None if bias is None else bias.detach(),
             # Loss, dW and feedback are all proportional to 1 / num_items: dividing it scales the three at once.
-            num_items=batch.num_items / factor,
-            token_weight=batch.token_weight,
+            num_items=seen.num_items / factor,
+            token_weight=seen.token_weight,
             label_smoothing=settings.label_smoothing,
             z_loss=settings.z_loss,
             softcap=readout.softcap,
             grad_weight=self.weight_grad.total if is_trained else None,
             grad_bias=self.bias_grad.total if is_trained else None,
             exit_index=exit_.index,
-            first_row=batch.first_row,
+            first_row=self.batch.first_row,
             need_feedback=is_trained and normed.requires_grad,
             data_parallel=settings.data_parallel,
         )
-        return replace(result, loss=result.loss / factor)
+        self.losses[exit_.index] = result.loss / factor
+        return result.feedback
 
     def router_grads(self, exit_: Exit) -> dict[Tensor, Tensor | None]:
         """The auxiliary loss of the unit's routers, and what its gradient is multiplied by."""
-        loss = self.take_router_loss()
+        loss = self.router_loss(exit_)
         return {loss: torch.ones_like(loss) * self.batch.weights[exit_.index] * self.loss_scale}
 
     def output(self) -> LocalOutput:
@@ -230,8 +255,8 @@ class StreamStep(TrainingStep):
         self.bias_grad.fold()
         if self.average is not None:
             self.average.finish()
-        objectives = torch.stack(self.losses) + torch.stack(self.router_losses)
-        return self._output(_readable(_weighted_sum(objectives, self.batch.weights)))
+        objectives = {index: loss + self.router_losses[index] for index, loss in self.losses.items()}
+        return self._output(_readable(self._weighted_sum(objectives)))
 
     def _backward(self, grads: Mapping[Tensor, Tensor | None]) -> None:
         """The unit's backward from the tensors that depend on its parameters, given what arrives at each."""
@@ -341,10 +366,6 @@ class LogitsStep(Step):
         """Compute the logits at the wanted exit, nothing at the others."""
         if exit_.index == self.last_exit:
             self.logits = self.settings.readout.logits(exit_, hidden[:, self.positions])
-
-
-def _weighted_sum(losses: Tensor, weights: Sequence[float]) -> Tensor:
-    return (losses * losses.new_tensor(weights)).sum()
 
 
 def _readable(loss: Tensor) -> Tensor:

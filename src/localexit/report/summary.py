@@ -55,8 +55,7 @@ def exit_rows(run: Run) -> tuple[ExitRow, ...]:
     )
     train_loss: Sequence[float | None] = [None] * run.num_exits
     if len(train.loss):
-        with np.errstate(invalid="ignore"):
-            train_loss = train.loss[-NUM_LAST_TRAIN_RECORDS:].mean(0).tolist()
+        train_loss = _means(train.loss[-NUM_LAST_TRAIN_RECORDS:])
     return tuple(
         ExitRow(
             exit=index,
@@ -80,6 +79,14 @@ def totals(run: Run) -> Totals:
         seconds=float(train.seconds[-1]) if len(train.seconds) else None,
         valid_step=int(valid.step[-1]) if len(valid.step) else None,
     )
+
+
+def _means(rows: Floats) -> list[float]:
+    """The mean of each column [T, L] over the records that have a number: exits may sit steps out."""
+    with np.errstate(invalid="ignore"):
+        is_number = ~np.isnan(rows)
+        means: list[float] = (np.where(is_number, rows, 0).sum(0) / is_number.sum(0)).tolist()
+    return means
 
 
 def are_losses_comparable(runs: Sequence[Run]) -> bool:

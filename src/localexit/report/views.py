@@ -149,12 +149,17 @@ def _notes(records: Records) -> list[str]:
         notes.append("The last line of metrics.jsonl was cut off in the middle of a write; it is left out.")
     if records.num_replaced:
         notes.append(f"{count(records.num_replaced)} records were made again after a resume; the later ones count.")
-    num_broken = _num_not_finite(records.train.loss) + _num_not_finite(records.valid.loss)
+    num_broken = _num_broken(records.train.loss) + _num_not_finite(records.valid.loss)
     if num_broken:
         notes.append(f"{count(num_broken)} records have losses that are not finite; the curves have gaps there.")
     for kind, num_records in records.unknown_kinds.items():
         notes.append(f"{count(num_records)} records of kind {shortened(kind, 40)!r} are unknown to this version.")
     return notes
+
+
+def _num_broken(curve: Floats) -> int:
+    """Training records [T, L] with an infinity or without any number; an exit without one may have sat the step out."""
+    return int((np.isinf(curve).any(axis=1) | np.isnan(curve).all(axis=1)).sum())
 
 
 def _num_not_finite(curve: Floats) -> int:

@@ -28,7 +28,15 @@ NonFinite = Literal["stop", "skip"]
 # They say where and how fast a run computes, not what, or what to do about what ended it: a resume may change them.
 FREE_ON_RESUME = frozenset({"device", "threads", "non_finite", "max_skipped"})
 # Fields that runs of the first version do not have, and what those runs did.
-_ADDED_FIELDS: Mapping[str, Any] = {"unembedding_std": 0.02, "non_finite": "stop", "max_skipped": 10}
+_ADDED_FIELDS: Mapping[str, Any] = {
+    "unembedding_std": 0.02,
+    "non_finite": "stop",
+    "max_skipped": 10,
+    "exit_weights": None,
+    "exit_warmup": 0,
+    "exits_per_step": None,
+    "token_share": 1.0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +101,10 @@ class TrainConfig:
         feedback: the rule, alone or with options of its own.
         exits: which blocks have one: every, every:K, or indices such as 1,3,5; the last block always has.
         exit_norm: the norm at early exits: the model's own (shared), a copy each, or none.
+        exit_weights: what each exit's loss counts, one number an exit; 1 each by default.
+        exit_warmup: steps in which the exits' weights rise from zero.
+        exits_per_step: so many exits, drawn at random, take part in a step; all by default.
+        token_share: share of the tokens, drawn at random, that an exit sees.
         backward: stream (memory flat in depth) or deferred (ordinary backward after the forward); joint and direct are
             controls that are not local: end-to-end backprop from all exits, direct feedback alignment.
         unembedding_std: standard deviation of a preset's unembedding before training.
@@ -132,6 +144,10 @@ class TrainConfig:
     feedback: FeedbackSpec = FeedbackSpec(name="mirror")
     exits: str = "every"
     exit_norm: ExitNorm = "shared"
+    exit_weights: tuple[float, ...] | None = None
+    exit_warmup: int = 0
+    exits_per_step: int | None = None
+    token_share: float = 1.0
     backward: Backward = "stream"
     unembedding_std: float = 0.02
     train_blocks: bool = True
@@ -165,9 +181,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_tokens", "checkpoint_every"):
             _values.count(name, getattr(self, name), minimum=1)
-        for name in ("warmup_steps", "max_skipped", "sample_tokens", "seed"):
+        for name in ("warmup_steps", "exit_warmup", "max_skipped", "sample_tokens", "seed"):
             _values.count(name, getattr(self, name), minimum=0)
-        for name in ("vocab_size", "threads"):
+        for name in ("vocab_size", "exits_per_step", "threads"):
             if getattr(self, name) is not None:
                 _values.count(name, getattr(self, name), minimum=1)
         _values.count("context", self.context, minimum=2)
@@ -190,7 +206,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         for name in ("weight_decay", "unembedding_std"):
             _values.non_negative(name, getattr(self, name))
-        _values.fraction("final_lr", self.final_lr)
+        for name in ("final_lr", "token_share"):
+            _values.fraction(name, getattr(self, name))
         if len(self.betas) != 2 or not all(isinstance(beta, Real) and 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.warmup_steps >= self.steps:
@@ -200,7 +217,8 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Every field, in types that JSON has."""
-        return {**asdict(self), "feedback": str(self.feedback), "betas": list(self.betas)}
+        weights = None if self.exit_weights is None else list(self.exit_weights)
+        return {**asdict(self), "feedback": str(self.feedback), "betas": list(self.betas), "exit_weights": weights}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> TrainConfig:
@@ -218,7 +236,13 @@ class TrainConfig:
                 f"config.json: expected the fields of this version of localexit, got others ({odd}); "
                 f"resume with the version that wrote it"
             )
-        values = {**content, "feedback": FeedbackSpec.parse(content["feedback"]), "betas": tuple(content["betas"])}
+        weights = content["exit_weights"]
+        values = {
+            **content,
+            "feedback": FeedbackSpec.parse(content["feedback"]),
+            "betas": tuple(content["betas"]),
+            "exit_weights": None if weights is None else tuple(weights),
+        }
         return cls(**values)
 
     def differences(self, other: TrainConfig) -> list[str]:

@@ -133,9 +133,10 @@ class Board:
         """Write out what is buffered."""
         self._writer.close()
 
-    def _add(self, name: str, values: tuple[float, ...], step: int) -> None:
+    def _add(self, name: str, values: tuple[float | None, ...], step: int) -> None:
         for index, value in enumerate(values):
-            self._writer.add_scalar(f"{name}_{index}", value, step)
+            if value is not None:
+                self._writer.add_scalar(f"{name}_{index}", value, step)
 
 
 class Display:
@@ -176,7 +177,8 @@ class Display:
 
     def step(self, result: StepResult) -> None:
         """After an optimiser step."""
-        numbers = f"loss {result.losses[-1]:.3f} · {result.tokens_per_second:,.0f} tokens/s"
+        (*_, last) = (loss for loss in result.losses if loss is not None)
+        numbers = f"loss {last:.3f} · {result.tokens_per_second:,.0f} tokens/s"
         self._progress.update(self._task, completed=result.step, numbers=numbers)
         is_due = self._clock() - self._last_line >= LINE_INTERVAL or result.step == self._num_steps
         if not self._console.is_terminal and is_due:

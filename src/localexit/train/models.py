@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from localexit.inference.architecture import longest_context
-from localexit.local import LocalModel, attach
+from localexit.local import ExitSchedule, LocalModel, attach
 from localexit.train.config import TrainConfig, exit_indices
 from localexit.train.presets import PRESETS, Preset, resolve_name
 
@@ -71,6 +71,10 @@ def attach_exits(model: Any, config: TrainConfig, *, device: torch.device) -> Lo
         feedback=rule,
         exits=exit_indices(config.exits),
         exit_norm=config.exit_norm,
+        exit_weights=config.exit_weights,
+        schedule=ExitSchedule(
+            exits_per_step=config.exits_per_step, token_share=config.token_share, warmup=config.exit_warmup
+        ),
         backward=config.backward,
         seed=config.seed,
         label_smoothing=config.label_smoothing,

@@ -17,6 +17,9 @@ from localexit.train.config import TrainConfig
 from localexit.train.devices import autocast
 from localexit.train.optim import make_optimizer, make_scheduler
 
+# Of each exit; None for one that sat the step out.
+Losses = tuple[float | None, ...]
+
 
 class RunFailedError(RuntimeError):
     """A run that had to stop; its last checkpoint is whole."""
@@ -35,7 +38,7 @@ class StepResult:
         tokens: tokens of all steps so far.
         seconds: spent in all steps so far.
         lr: learning rate of the step.
-        losses: of each exit before the step, nats/token.
+        losses: of each exit before the step, nats/token; None for one that sat the step out.
         grad_norms: of each unit and of what they share, before clipping.
         tokens_per_second: of this step.
         skipped: why batches were left out before the one this step was made with, a line each.
@@ -45,7 +48,7 @@ class StepResult:
     tokens: int
     seconds: float
     lr: float
-    losses: tuple[float, ...]
+    losses: Losses
     grad_norms: tuple[float, ...]
     tokens_per_second: float
     skipped: tuple[str, ...] = ()
@@ -90,7 +93,7 @@ class Trainer:
         """
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
-        batches, measured, skipped = self._finite_gradients()
+        batches, losses, grad_norms, skipped = self._finite_gradients()
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -104,8 +107,8 @@ class Trainer:
             tokens=self.tokens,
             seconds=self.seconds,
             lr=lr,
-            losses=tuple(measured[: self.local.num_exits]),
-            grad_norms=tuple(measured[self.local.num_exits :]),
+            losses=losses,
+            grad_norms=grad_norms,
             tokens_per_second=num_tokens / duration,
             skipped=tuple(skipped),
         )
@@ -143,16 +146,19 @@ class Trainer:
             reason = str(error).strip().replace("\n", " ")
             raise CheckpointError(f"checkpoint step-{snapshot.step} does not fit this run: {reason}") from error
 
-    def _finite_gradients(self) -> tuple[list[Tensor], list[float], list[str]]:
+    def _finite_gradients(self) -> tuple[list[Tensor], Losses, tuple[float, ...], list[str]]:
         """The next batches with finite gradients, clipped, in `.grad`; losses and norms; why others were left out."""
         skipped: list[str] = []
         while True:
             batches = [self.sampler.next_batch().to(self.device) for _ in range(self.config.accumulate)]
-            losses = self._gradients(batches)
+            took_part = [weight > 0 for weight in self.local.step_weights()]
+            gradients = self._gradients(batches)
             grad_norms = self.local.clip_grad_norm_(self.config.clip)
-            measured = torch.cat([losses.double(), grad_norms.double()]).tolist()
-            if all(map(math.isfinite, measured)):
-                return batches, measured, skipped
+            measured = torch.cat([gradients.double(), grad_norms.double()]).tolist()
+            losses = tuple(loss if took else None for loss, took in zip(measured, took_part, strict=False))
+            norms = tuple(measured[self.local.num_exits :])
+            if all(value is None or math.isfinite(value) for value in (*losses, *norms)):
+                return batches, losses, norms, skipped
             skipped.append(self._skip(torch.tensor(measured), batches))
 
     def _gradients(self, batches: list[Tensor]) -> Tensor:
