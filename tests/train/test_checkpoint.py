@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from localexit._files import LARGEST_JSON
 from localexit.train import checkpoint
 from localexit.train.checkpoint import (
     CheckpointError,
@@ -124,7 +125,7 @@ def test_a_forged_manifest_is_skipped(tmp_path: Path, manifest: str) -> None:
 def test_a_huge_manifest_is_not_read(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, snapshot(3))
     with (tmp_path / "step-3" / "manifest.json").open("r+") as file:
-        file.truncate(checkpoint.LARGEST_JSON + 1)
+        file.truncate(LARGEST_JSON + 1)
     assert "larger than any" in newest(tmp_path)[1][0]
 
 

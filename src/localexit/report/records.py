@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from localexit._files import LARGEST_JSON
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -187,7 +189,9 @@ class _Columns:
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Number and content of each line that is not blank."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(LARGEST_JSON + 1), b""), start=1):
+            if len(line) > LARGEST_JSON:
+                raise ValueError(f"{path} line {number}: longer than any that was written; delete the line")
             if line.strip():
                 yield number, line
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from localexit._files import check_links, read_json
 
 from .records import Records, read_records
 
@@ -54,12 +55,13 @@ def read_run(path: Path) -> Run:
     A last line of `metrics.jsonl` that was cut off in the middle of a write is left out and noted.
 
     Raises:
-        ValueError: not a run directory, a missing or malformed file, or another format version. The message
-            names the file, the line and the field.
+        ValueError: not a run directory, a missing or malformed file, another format version, or a link that leads
+            out of it. The message names the file, the line and the field.
     """
     path = Path(path).resolve()
     if not path.is_dir():
         raise ValueError(f"run: expected a run directory, got {str(path)!r}; {_REMEDY}")
+    check_links(path)
     config, corpus = _read_json(path, "config.json"), _read_json(path, "corpus.json")
     if not (path / "metrics.jsonl").is_file():
         raise ValueError(
@@ -82,8 +84,8 @@ def _read_json(folder: Path, name: str) -> Mapping[str, Any]:
     if not path.is_file():
         raise ValueError(f"run: expected a run directory with {name}, got {str(folder)!r}; {_REMEDY}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{path}: expected a JSON object, got {error}; the file is damaged") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; the file is damaged")

@@ -21,13 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from localexit._files import read_json
+
 FORMAT = 1
 NUM_KEPT = 2
 TENSOR_FILES = ("model", "optimizer", "rng")
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
-# State and manifest are a few kilobytes; what is much larger was not written by us.
-LARGEST_JSON = 16 * 2**20
 
 _TEMPORARY = ".unfinished-"
 _NAME = re.compile(r"step-(0|[1-9]\d{0,14})")
@@ -177,11 +177,9 @@ def _delete(path: Path) -> None:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = _regular_file(folder, name)
-    if path.stat().st_size > LARGEST_JSON:
-        raise CheckpointError(f"checkpoint {folder.name}: {name} is damaged (larger than any that was written)")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
+        content = read_json(path)
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"checkpoint {folder.name}: {name} is damaged ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint {folder.name}: {name} is damaged (not an object)")

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from localexit._files import check_links, read_json
 from localexit.train.cache import written_atomically
 from localexit.train.config import TrainConfig
 
@@ -131,8 +132,10 @@ class RunFolder:
         """The configuration the run was started with.
 
         Raises:
-            ValueError: this is not the folder of a run, or one of another version.
+            ValueError: this is not the folder of a run, or one of another version, or a link leads out of it.
         """
+        if self.path.is_dir():
+            check_links(self.path)
         content = self._read_json(self.config)
         try:
             return TrainConfig.from_json(content["train"])
@@ -174,12 +177,12 @@ class RunFolder:
 
     def _read_json(self, path: Path) -> dict[str, Any]:
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except FileNotFoundError:
             raise ValueError(
                 f"run: expected a run directory with {path.name}, got {str(self.path)!r}; {_REMEDY}"
             ) from None
-        except (ValueError, OSError, RecursionError) as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"{path}: expected a JSON object, got {error}; the file is damaged") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"{path}: expected a JSON object of format {FORMAT}; {_REMEDY}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from localexit._files import read_json
 from localexit.inference.architecture import longest_context
 from localexit.local import ExitSchedule, LocalModel, attach
 from localexit.train.config import TrainConfig, exit_indices
@@ -103,12 +104,26 @@ def load_pretrained(name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
+        _check_shards(Path(source))
         with without_progress_bars() if Path(source).is_dir() else nullcontext():
             return AutoModelForCausalLM.from_pretrained(
                 source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise _cannot_load(name, "model", error) from error
+
+
+def _check_shards(folder: Path) -> None:
+    """Refuse a local model whose index of shards names files outside its folder."""
+    for index in folder.glob("*.index.json"):
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(shards, dict) or not all(map(_is_shard, shards.values())):
+            raise ValueError(f"{index.name} does not map weights to files beside it")
+
+
+def _is_shard(name: object) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
 
 
 @contextmanager
