@@ -40,8 +40,9 @@ def exit_flops(local: LocalModel, num_tokens: int, precision: torch.dtype) -> fl
     hidden = torch.ones(num_tokens, weight.shape[1], device=weight.device)
     target = torch.zeros(num_tokens, dtype=torch.int64, device=weight.device)
     grad_weight = torch.zeros_like(weight, dtype=accumulate_dtype(weight.dtype))
-    with counted_flops() as count, autocast(weight.device, precision):
-        exit_step(hidden, weight, target, feedback=rule, grad_weight=grad_weight)
+    with counted_flops() as count:
+        with autocast(weight.device, precision):
+            exit_step(hidden, weight, target, feedback=rule, grad_weight=grad_weight)
         rule.update()
     return count()
 
