@@ -35,6 +35,7 @@ def gpu_like() -> Platform:
         exact_dtype=torch.float32,
         rounds=5,
         shapes=("32x48x301",),
+        numerics_shape="16x32x200",
         timer=StreamTimer(event=Event, synchronize=lambda: None),
         peak_mib=peak_mib,
         release=lambda: None,

@@ -11,7 +11,9 @@ import torch
 
 from . import platforms
 from .config import BenchConfig
+from .gate import GateError
 from .measure import measure
+from .numerics import check_numerics, measure_numerics
 from .plans import Case
 from .platforms import Platform
 from .record import Results, environment, read_results
@@ -38,7 +40,12 @@ def run_bench(config: BenchConfig) -> str:
         platform = platforms.cpu(threads=config.threads, patience=config.patience) if use_cpu else platforms.cuda()
         circumstances = environment(platform.device, threads=torch.get_num_threads(), commit=config.commit)
         results = Results(config.output, circumstances)
-        run_parts(config, platform, results, say=_say)
+        try:
+            run_parts(config, platform, results, say=_say)
+        except GateError:
+            # What was found before, and what is wrong, can still be read.
+            _say(shown(results.content))
+            raise
         content = results.content
     if config.plots is not None or config.output is not None:
         _write_plots(content, config)
@@ -52,7 +59,9 @@ def run_parts(config: BenchConfig, platform: Platform, results: Results, *, say:
         measure_sweep(config, sweep, platform, results, say=say)
     if config.shared_exits:
         measure_exits(config, platform, results, say=say)
-    if sweep is None and not config.shared_exits:
+    if config.numerics:
+        measure_errors(config, platform, results, say=say)
+    if sweep is None and not config.shared_exits and not config.numerics:
         measure_shapes(config, platform, results, say=say)
 
 
@@ -91,6 +100,20 @@ def measure_exits(config: BenchConfig, platform: Platform, results: Results, *, 
     if not results.has("shared_exits", key, summary={**case.summary(), "rounds": rounds}):
         measured = measure_shared(case, platform, num_exits=config.shared_exits, rounds=rounds, say=say)
         results.add("shared_exits", key, measured=measured)
+
+
+def measure_errors(config: BenchConfig, platform: Platform, results: Results, *, say: Say) -> None:
+    """Errors against fp64, unless they are in the results.
+
+    Raises:
+        GateError: one is outside its budget.
+    """
+    for name in config.shapes or (platform.numerics_shape,):
+        shape = Shape.parse(name)
+        if not results.has("numerics", name, summary={"shape": vars(shape), "backend": config.backend}):
+            measured = measure_numerics(shape, platform, backend=config.backend, say=say)
+            results.add("numerics", name, measured=measured)
+            check_numerics(measured)
 
 
 def _case(config: BenchConfig, platform: Platform, shape: Shape, *, rules: tuple[str, ...] = ()) -> Case:

@@ -37,6 +37,7 @@ class BenchConfig:
             `shapes`, if one is given.
         values: what that size takes; around the others by default.
         shared_exits: measure this many exits that share one unembedding instead.
+        numerics: tell errors against fp64 instead, in every dtype and where heads are known to go wrong.
         output: JSON file of results; what it holds already is not measured again.
         plots: folder for pictures, and for a table of where ours lose; that of `output` by default.
         show: only show such a file.
@@ -56,6 +57,7 @@ class BenchConfig:
     sweep: Letter | None = None
     values: tuple[int, ...] = ()
     shared_exits: int = 0
+    numerics: bool = False
     output: Path | None = None
     plots: Path | None = None
     show: Path | None = None

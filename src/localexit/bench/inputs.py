@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .shapes import Shape
 
-_STD = 0.02
+# Of the unembedding, as initialised; of the hidden states, besides their pull to the gold row.
+_STD, _NOISE = 0.02, 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +73,12 @@ def make_inputs(
 
     weight = _STD * normal(shape.vocab_size, shape.hidden_size)
     target = torch.randint(shape.vocab_size, (shape.num_tokens,), generator=generator, device=device)
-    # hᵀ w_gold is about pull · ‖w_gold‖²; the other V logits are small, and their log-sum-exp about log V.
-    pull = (math.log(shape.vocab_size) + margin) / (_STD**2 * shape.hidden_size)
-    hidden = 0.7 * normal(shape.num_tokens, shape.hidden_size) + pull * weight[target]
+    noise = _NOISE * normal(shape.num_tokens, shape.hidden_size)
+    # The other V logits are nearly normal, of the noise and of how W's rows happen to lie to the gold one.
+    level = math.log(shape.vocab_size) + margin
+    variance = (_NOISE * _STD) ** 2 * shape.hidden_size + level**2 / shape.hidden_size
+    gold = weight[target]
+    hidden = noise + (level + variance / 2) * gold / gold.square().sum(1, keepdim=True)
     return Inputs(hidden=hidden.to(dtype).requires_grad_(), weight=weight.to(dtype).requires_grad_(), target=target)
 
 

@@ -24,6 +24,7 @@ class Platform:
         exact_dtype: of the truth: precise enough to judge `dtype`.
         rounds: how often everything is timed unless told otherwise.
         shapes: what is measured unless told otherwise.
+        numerics_shape: where errors are measured unless told otherwise: the oracle's whole logits in fp64 must fit.
         timer: times interleaved runs.
         peak_mib: MiB at the peak of a call above what was there before it, or None where that cannot be told. Gets the
             case, the contender's name, and the call in this process.
@@ -35,6 +36,7 @@ class Platform:
     exact_dtype: torch.dtype
     rounds: int
     shapes: tuple[str, ...]
+    numerics_shape: str
     timer: Timer
     peak_mib: Callable[[Case, str, Callable[[], object]], float | None]
     release: Callable[[], None]
@@ -49,6 +51,7 @@ def cpu(*, threads: int, patience: float = 0.0) -> Platform:
         exact_dtype=torch.float64,
         rounds=7,
         shapes=("cpu",),
+        numerics_shape="64x64x1000",
         timer=CpuTimer(patience=patience),
         peak_mib=partial(_peak_of_process, threads),
         release=lambda: None,
@@ -69,6 +72,7 @@ def cuda() -> Platform:
         exact_dtype=torch.float32,
         rounds=5,
         shapes=tuple(name for name in SHAPES if name != "cpu"),
+        numerics_shape="512x512x16384",
         timer=StreamTimer(event=partial(torch.cuda.Event, enable_timing=True), synchronize=torch.cuda.synchronize),
         peak_mib=_peak_of_allocator,
         release=torch.cuda.empty_cache,

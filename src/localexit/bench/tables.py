@@ -24,7 +24,21 @@ def shown(content: dict[str, Any]) -> str:
         shape = Shape(**measured["shape"])
         parts.append(f"{measured['num_exits']} exits that share W: {shape}, median of {measured['rounds']}")
         parts.append(shared_table(measured))
+    for measured in content.get("numerics", {}).values():
+        parts.append(f"errors against fp64: {Shape(**measured['shape'])} and V=262144, backend {measured['backend']}")
+        parts.append(numerics_table(measured))
     return "\n\n".join(parts)
+
+
+def numerics_table(measured: dict[str, Any]) -> str:
+    """Relative errors next to plain PyTorch's in the same dtype."""
+    head = ("", "", "loss", "plain", "dW", "plain", "feedback", "plain dh", "within budget")
+    keys = ("loss", "plain_loss", "weight_grad", "plain_weight_grad", "feedback", "plain_hidden_grad")
+    rows = [
+        (r["trial"], r["name"], *(f"{r[key]:.1e}" for key in keys), "yes" if r["is_within"] else "NO")
+        for r in measured["results"]
+    ]
+    return aligned(head, rows)
 
 
 def sweep_table(letter: str, points: dict[str, dict[str, Any]]) -> str:
