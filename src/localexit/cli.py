@@ -52,18 +52,30 @@ class Train:
     def execute(self) -> int:
         """Train, then print the table, a sample and the report's path."""
         from localexit.train.folder import RunFolder, new_run_folder
+        from localexit.train.launch import num_restarts, world_rank, world_size
         from localexit.train.preflight import check_start
 
+        if self.run is None and world_size() > 1:
+            raise ValueError("run: expected a folder, the same for all processes of the run, got none; name one")
         path = self.run or new_run_folder(self.config)
-        # `train` checks it too, but is there only after torch.
-        check_start(self.config, RunFolder(path=path), resume=self.resume)
+        folder = RunFolder(path=path)
+        resume = self.resume or (num_restarts() > 0 and folder.config.exists())
+        if world_rank() == 0:
+            # `train` checks it too, but is there only after torch.
+            check_start(self.config, folder, resume=resume)
         from rich.console import Console
 
-        from localexit.report import exits_table, read_run, write_report
         from localexit.train.loop import train
 
         console = Console()
-        outcome = train(self.config, path, resume=self.resume, console=console)
+        outcome = train(self.config, path, resume=resume, console=console)
+        if outcome.is_main:
+            self._show(console, outcome)
+        return 128 + (outcome.signal_number or 0) if outcome.status == "interrupted" else 0
+
+    def _show(self, console: Any, outcome: Any) -> None:
+        from localexit.report import exits_table, read_run, write_report
+
         run = read_run(outcome.run.path)
         console.print(exits_table(run))
         for sample in run.records.samples[-1:]:
@@ -71,8 +83,6 @@ class Train:
         _print_plain(console, f"report: {write_report([outcome.run.path])}")
         if outcome.status == "interrupted":
             _print_plain(console, f"interrupted; continue with: localexit train {outcome.run.path} --resume")
-            return 128 + (outcome.signal_number or 0)
-        return 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,13 +18,13 @@ TINY_PRESET = "--model tiny --vocab-size 320"
 
 
 def run_command(line: str) -> None:
-    """Run a line of `localexit`; check a line of `make` or `pip` against the files that decide it.
+    """Run a line of `localexit`, parse one of `torchrun`, check one of `make` or `pip` against the files it depends on.
 
     Raises:
         AssertionError: the command fails, or what it names does not exist.
     """
     program, *arguments = shlex.split(line)
-    {"localexit": _localexit, "make": _make, "pip": _pip}[program](arguments)
+    {"localexit": _localexit, "make": _make, "pip": _pip, "torchrun": _torchrun}[program](arguments)
 
 
 def parse_command(line: str) -> None:
@@ -46,6 +46,13 @@ def _localexit(arguments: list[str]) -> None:
         tiny += f" {TINY_PRESET}"
     code = cli.run([*arguments, *tiny.split()])
     assert code == 0, f"localexit {shlex.join(arguments)} ended with {code}"
+
+
+def _torchrun(arguments: list[str]) -> None:
+    """Parsed only: starting processes takes long. `tests/train/test_torchrun.py` runs it."""
+    place = arguments.index("-m")
+    assert arguments[place + 1] == "localexit"
+    cli._parsed(arguments[place + 2 :])
 
 
 def _make(arguments: list[str]) -> None:

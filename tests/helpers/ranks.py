@@ -5,13 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import tempfile
+import socket
 import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,23 +22,34 @@ _FORK = multiprocessing.get_context("fork")
 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout: float = 60) -> list[Any]:
     """What `function(*arguments)` returns on each rank; an error on one of them is raised here."""
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [_start(function, rank, num_ranks, Path(folder), arguments) for rank in range(num_ranks)]
-        try:
-            replies = [_reply(connection, timeout) for _, connection in ranks]
-        finally:
-            for process, _ in ranks:
-                process.kill()
-                process.join()
+    replies = rank_replies(_in_group, num_ranks, function, *arguments, timeout=timeout)
     errors = [error for error, _ in replies if error]
     # One rank's error makes the others' collectives fail: what they say comes last.
     assert not errors, "\n".join(sorted(errors, key=lambda error: "gloo" in error))
     return [result for _, result in replies]
 
 
-def _start(function: Callable[..., Any], rank: int, num_ranks: int, folder: Path, arguments: Any) -> Any:
+def rank_replies(
+    function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout: float = 60
+) -> list[tuple[str | None, Any]]:
+    """The error of each rank, if any, and what `function(*arguments)` returns on it.
+
+    The environment is that of `torchrun`; joining the others is left to the function.
+    """
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    ranks = [_start(function, rank, num_ranks, port, arguments) for rank in range(num_ranks)]
+    try:
+        return [_reply(connection, timeout) for _, connection in ranks]
+    finally:
+        for process, _ in ranks:
+            process.kill()
+            process.join()
+
+
+def _start(function: Callable[..., Any], rank: int, num_ranks: int, port: int, arguments: Any) -> Any:
     mine, theirs = _FORK.Pipe(duplex=False)
-    process = _FORK.Process(target=_run, args=(function, rank, num_ranks, folder, arguments, theirs), daemon=True)
+    process = _FORK.Process(target=_run, args=(function, rank, num_ranks, port, arguments, theirs), daemon=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
         process.start()
@@ -57,21 +67,31 @@ def _reply(connection: Connection, timeout: float) -> tuple[str | None, Any]:
 
 
 def _run(
-    function: Callable[..., Any], rank: int, num_ranks: int, folder: Path, arguments: Any, connection: Connection
+    function: Callable[..., Any], rank: int, num_ranks: int, port: int, arguments: Any, connection: Connection
 ) -> None:
     # A pool of threads does not survive a fork.
     torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=num_ranks,
-        timeout=timedelta(seconds=30),
-    )
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     try:
         reply = (None, function(*arguments))
     except BaseException:
         reply = (traceback.format_exc(), None)
     connection.send_bytes(pickle.dumps(reply))
-    dist.destroy_process_group()
+    # At once: what the parent has registered for its own end is not for this process.
+    os._exit(0)
+
+
+def _in_group(function: Callable[..., Any], *arguments: Any) -> Any:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    try:
+        return function(*arguments)
+    finally:
+        dist.destroy_process_group()

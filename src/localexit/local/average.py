@@ -55,7 +55,7 @@ class GradientAverage:
 def averaged_here(
     model: nn.Module, units: Sequence[Unit], shared: Sequence[nn.Parameter]
 ) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:
-    """The trainable parameters whose gradients nobody else averages.
+    """The parameters whose gradients nobody else averages.
 
     Args:
         model: the model; blocks wrapped in `DistributedDataParallel`, or sharded by `fully_shard`, see to themselves.
@@ -69,7 +69,7 @@ def averaged_here(
     elsewhere = {id(parameter) for wrapper in wrappers for parameter in wrapper.parameters()}
 
     def mine(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        return [p for p in parameters if p.requires_grad and id(p) not in elsewhere and not is_sharded(p)]
+        return [p for p in parameters if id(p) not in elsewhere and not is_sharded(p)]
 
     return [mine(unit.parameters()) for unit in units], mine(shared)
 
@@ -99,5 +99,6 @@ class _Bucket:
 def _buckets(parameters: Sequence[nn.Parameter], ranks: DataParallel) -> list[_Bucket]:
     by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
     for parameter in parameters:
-        by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        if parameter.requires_grad:
+            by_dtype.setdefault(parameter.dtype, []).append(parameter)
     return [_Bucket(some, ranks) for some in by_dtype.values()]

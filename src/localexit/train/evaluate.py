@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from localexit.exits import DataParallel
 from localexit.local import LocalModel
 from localexit.train.batches import valid_batches
 from localexit.train.devices import autocast
@@ -37,6 +38,7 @@ def validate(
     context: int,
     max_tokens: int,
     precision: torch.dtype = torch.float32,
+    data_parallel: DataParallel | None = None,
 ) -> Validation:
     """Mean over at most `max_tokens` validation tokens; always the same ones.
 
@@ -47,15 +49,21 @@ def validate(
         context: tokens a window; the first one of each is not predicted.
         max_tokens: cap, spread evenly over the text.
         precision: bf16 runs under autocast.
+        data_parallel: ranks that share the tokens among them; the result is that of all.
     """
     device = local.unembedding.weight.device
     total = torch.zeros(2, local.num_exits, dtype=torch.float64, device=device)
     count = torch.zeros((), dtype=torch.int64, device=device)
-    for ids in valid_batches(stream, batch_size=batch_size, context=context, max_tokens=max_tokens):
+    rank, size = (0, 1) if data_parallel is None else (data_parallel.rank, data_parallel.size)
+    for ids in valid_batches(
+        stream, batch_size=batch_size, context=context, max_tokens=max_tokens, rank=rank, world_size=size
+    ):
         with autocast(device, precision):
             batch = local.evaluate(ids.to(device), ids.to(device))
         total += batch.num_tokens * torch.stack([batch.loss, batch.accuracy]).double()
         count += batch.num_tokens
+    if data_parallel is not None:
+        total, count = data_parallel.total(total), data_parallel.total(count)
     loss, accuracy = (total / count).tolist()
     return Validation(
         loss=tuple(loss),

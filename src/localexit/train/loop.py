@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,8 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
+from localexit.exits import DataParallel
+from localexit.feedback.draws import derive_seed
 from localexit.inference.architecture import model_config
 from localexit.inference.sampling import Sampling
 from localexit.inference.text import sample_text
@@ -25,10 +28,12 @@ from localexit.train.devices import device_name, resolve_device, resolve_precisi
 from localexit.train.evaluate import validate
 from localexit.train.export import export_model
 from localexit.train.folder import RunFolder, versions
+from localexit.train.launch import world_rank
 from localexit.train.logs import Board, Display, MetricsLog, drop_after
 from localexit.train.models import attach_exits, build_model
-from localexit.train.preflight import check_start
+from localexit.train.preflight import check_shared_batch, check_start
 from localexit.train.presets import PRESETS
+from localexit.train.ranks import Ranks, joined
 from localexit.train.stop import StopRequest
 from localexit.train.trainer import NonFiniteError, RunFailedError, Trainer
 
@@ -43,17 +48,20 @@ class Outcome:
         run: the run directory.
         status: whether all steps were made, or somebody stopped it.
         signal_number: what stopped it.
+        is_main: whether this is the process that wrote the folder.
     """
 
     run: RunFolder
     status: Literal["finished", "interrupted"]
     signal_number: int | None = None
+    is_main: bool = True
 
 
 @dataclass(kw_only=True)
 class _Run:
     """What the steps of a run need."""
 
+    ranks: Ranks
     folder: RunFolder
     config: TrainConfig
     data: RunData
@@ -79,7 +87,8 @@ def train(
     Everything that can be refused is refused before the folder is made.
 
     Args:
-        config: of the run; for a resume that of the run itself, device and threads aside.
+        config: of the run; for a resume that of the run itself, device and threads aside. Started by `torchrun`, the
+            processes share each batch; one that fails ends the others.
         run_dir: a new folder, or one to continue.
         resume: continue from the newest whole checkpoint; from the beginning when there is none yet.
         console: where progress goes.
@@ -90,27 +99,47 @@ def train(
         NonFiniteError: a loss or gradient was NaN or infinite; the last checkpoint is whole.
         RunFailedError: the folder could not be written any more, or what was written reads back as something else.
     """
-    console = console or Console()
     folder = RunFolder(path=run_dir)
-    check_start(config, folder, resume=resume)
+    if world_rank() == 0:
+        check_start(config, folder, resume=resume)
+    check_shared_batch(config)
     _check_fits_preset(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = resolve_device(config.device)
-    precision = resolve_precision(config.precision, device)
-    console.print(f"reading {config.data} …", markup=False, highlight=False)
-    data = load_data(config, cache_dir=cache_dir)
+    with joined(resolve_device(config.device)) as ranks:
+        console = (console or Console()) if ranks.is_main else Console(quiet=True)
+        console.print(f"reading {config.data} …", markup=False, highlight=False)
+        with ranks.main_first():
+            data = load_data(config, cache_dir=cache_dir)
+        return _train_on(ranks, config, folder, data, console, resume=resume)
+
+
+def _train_on(
+    ranks: Ranks, config: TrainConfig, folder: RunFolder, data: RunData, console: Console, *, resume: bool
+) -> Outcome:
     if resume:
         folder.check_corpus(data.record)
-    trainer = make_trainer(config, data, device=device, precision=precision)
-    if not resume:
+    precision = resolve_precision(config.precision, ranks.device)
+    trainer = make_trainer(config, data, device=ranks.device, precision=precision, data_parallel=ranks.data_parallel)
+    if ranks.is_main and not resume:
         _write_folder(folder, trainer, data)
+    lock = folder.locked() if ranks.is_main else nullcontext()
     try:
-        with folder.locked(), _started(folder, config, data, trainer, console, resume=resume) as run:
+        with lock, _started(ranks, folder, config, data, trainer, console, resume=resume) as run:
             return _train(run)
     # safetensors raises its own error for a full disk.
     except (OSError, SafetensorError) as error:
-        raise RunFailedError(f"run {run_dir}: {error}; the last checkpoint is whole, continue with --resume") from error
+        raise RunFailedError(
+            f"run {folder.path}: {error}; the last checkpoint is whole, continue with --resume"
+        ) from error
+    except RuntimeError as error:
+        if ranks.data_parallel is None or isinstance(error, RunFailedError):
+            raise
+        # Most often what a rank says whose neighbour has gone.
+        raise RunFailedError(
+            f"run {folder.path}: process {ranks.rank} of {ranks.size} stopped ({error}); if another one ended first, "
+            f"it says why; the last checkpoint is whole, continue with --resume"
+        ) from error
 
 
 def _check_fits_preset(config: TrainConfig) -> None:
@@ -133,27 +162,59 @@ def _write_folder(folder: RunFolder, trainer: Trainer, data: RunData) -> None:
         raise ValueError(f"run: expected a folder that can be written, got {str(folder.path)!r}: {error}") from error
 
 
-def make_trainer(config: TrainConfig, data: RunData, *, device: torch.device, precision: torch.dtype) -> Trainer:
-    """Model, exits, rule and batches of a configuration, before the first step."""
+def make_trainer(
+    config: TrainConfig,
+    data: RunData,
+    *,
+    device: torch.device,
+    precision: torch.dtype,
+    data_parallel: DataParallel | None = None,
+) -> Trainer:
+    """Model, exits, rule and batches of a configuration, before the first step.
+
+    Args:
+        config: the configuration.
+        data: what it reads.
+        device: where to compute.
+        precision: of the products.
+        data_parallel: the ranks that share each batch of `config.batch_size`, if there are several.
+    """
+    rank, size = (0, 1) if data_parallel is None else (data_parallel.rank, data_parallel.size)
     vocab_size = data.tokenizer.get_vocab_size()
     model = build_model(config, vocab_size=vocab_size, end_of_text_id=data.end_of_text_id)
-    torch.manual_seed(config.seed)
-    local = attach_exits(model, config, device=device)
-    sampler = BatchSampler(data.train, batch_size=config.batch_size, context=config.context, seed=config.seed)
+    # Dropout differs between ranks.
+    torch.manual_seed(config.seed if rank == 0 else derive_seed(config.seed, str(rank)))
+    local = attach_exits(model, config, device=device, data_parallel=data_parallel)
+    sampler = BatchSampler(
+        data.train,
+        batch_size=config.batch_size // size,
+        context=config.context,
+        seed=config.seed,
+        rank=rank,
+        world_size=size,
+    )
     return Trainer(local, sampler, config, precision=precision)
 
 
 @contextmanager
 def _started(
-    folder: RunFolder, config: TrainConfig, data: RunData, trainer: Trainer, console: Console, *, resume: bool
+    ranks: Ranks,
+    folder: RunFolder,
+    config: TrainConfig,
+    data: RunData,
+    trainer: Trainer,
+    console: Console,
+    *,
+    resume: bool,
 ) -> Iterator[_Run]:
     """Logs opened and, for a resume, everything put back to the newest whole checkpoint."""
     lines: list[str] = []
-    saved_step = _restore(folder, trainer, lines) if resume else None
+    saved_step = _restore(ranks, folder, trainer, lines) if resume else None
     with ExitStack() as stack:
-        log = MetricsLog(folder.metrics)
+        log = MetricsLog(folder.metrics if ranks.is_main else Path(os.devnull))
         stack.callback(log.close)
-        board = Board(folder.tensorboard, first_step=trainer.step) if config.tensorboard else None
+        has_board = config.tensorboard and ranks.is_main
+        board = Board(folder.tensorboard, first_step=trainer.step) if has_board else None
         if board is not None:
             stack.callback(board.close)
         lines.append(_description(config, trainer))
@@ -163,6 +224,7 @@ def _started(
             display.say(line)
         prompt = _default_prompt(data) if config.prompt is None else config.prompt
         yield _Run(
+            ranks=ranks,
             folder=folder,
             config=config,
             data=data,
@@ -175,7 +237,7 @@ def _started(
         )
 
 
-def _restore(folder: RunFolder, trainer: Trainer, lines: list[str]) -> int | None:
+def _restore(ranks: Ranks, folder: RunFolder, trainer: Trainer, lines: list[str]) -> int | None:
     """Go back to the newest whole checkpoint, and return its step; None when there is none yet."""
     snapshot = load_newest(folder.checkpoints, lines.append)
     if snapshot is None and lines:
@@ -188,7 +250,13 @@ def _restore(folder: RunFolder, trainer: Trainer, lines: list[str]) -> int | Non
     else:
         trainer.restore(snapshot)
         lines.append(f"continued from checkpoint step-{snapshot.step}")
-    drop_after(folder.metrics, trainer.step)
+    if ranks.largest(trainer.step) != -ranks.largest(-trainer.step):
+        raise ValueError(
+            f"run: expected the same checkpoint in {str(folder.path)!r} for all processes, got step {trainer.step} for "
+            f"process {ranks.rank} and another for others; put the folder where all machines see it"
+        )
+    if ranks.is_main:
+        drop_after(folder.metrics, trainer.step)
     return None if snapshot is None else snapshot.step
 
 
@@ -196,8 +264,10 @@ def _train(run: _Run) -> Outcome:
     trainer, config = run.trainer, run.config
     try:
         with run.stop.listening():
-            while trainer.step < config.steps and run.stop.signal_number is None:
+            stopped_by = _stopped_by(run)
+            while trainer.step < config.steps and not stopped_by:
                 _step(run)
+                stopped_by = _stopped_by(run)
             if run.saved_step != trainer.step:
                 _checkpoint(run)
     except NonFiniteError as error:
@@ -205,9 +275,16 @@ def _train(run: _Run) -> Outcome:
         raise
     status: Literal["finished", "interrupted"] = "finished" if trainer.step == config.steps else "interrupted"
     with _saving(run.folder):
-        export_model(run.folder, trainer.local, run.data.tokenizer)
+        if run.ranks.is_main:
+            export_model(run.folder, trainer.local, run.data.tokenizer)
+    run.ranks.wait()
     run.log.event(trainer.step, status, f"after {trainer.tokens} tokens in {trainer.seconds:.1f} s of training")
-    return Outcome(run=run.folder, status=status, signal_number=run.stop.signal_number)
+    return Outcome(run=run.folder, status=status, signal_number=stopped_by or None, is_main=run.ranks.is_main)
+
+
+def _stopped_by(run: _Run) -> int:
+    """The signal that asked any of the processes to stop, or 0: all stop after the same step."""
+    return run.ranks.largest(run.stop.signal_number or 0)
 
 
 def _step(run: _Run) -> None:
@@ -237,6 +314,7 @@ def _validate(run: _Run) -> None:
         context=config.context,
         max_tokens=config.eval_tokens,
         precision=trainer.precision,
+        data_parallel=run.ranks.data_parallel,
     )
     if not all(map(math.isfinite, validation.loss)):
         raise NonFiniteError(
@@ -261,10 +339,14 @@ def _checkpoint(run: _Run) -> None:
             f"step {run.trainer.step}: expected finite parameters, but {broken[0]} has others; the last checkpoint "
             f"is from before. Try a lower lr or a longer warm-up"
         )
-    # What a checkpoint says has happened must be in the log before it.
-    run.log.sync()
-    with _saving(run.folder):
-        save_checkpoint(run.folder.checkpoints, run.trainer.snapshot())
+    snapshot = run.trainer.snapshot()
+    if run.ranks.is_main:
+        # What a checkpoint says has happened must be in the log before it.
+        run.log.sync()
+        with _saving(run.folder):
+            save_checkpoint(run.folder.checkpoints, snapshot)
+    # Else a fast process could be steps ahead of a checkpoint that it believes in.
+    run.ranks.wait()
     run.saved_step = run.trainer.step
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from localexit._files import read_json
+from localexit.exits import DataParallel
 from localexit.inference.architecture import longest_context
 from localexit.local import ExitSchedule, LocalModel, attach
 from localexit.train.config import TrainConfig, exit_indices
@@ -58,8 +59,16 @@ def build_model(config: TrainConfig, *, vocab_size: int, end_of_text_id: int) ->
     return model
 
 
-def attach_exits(model: Any, config: TrainConfig, *, device: torch.device) -> LocalModel:
+def attach_exits(
+    model: Any, config: TrainConfig, *, device: torch.device, data_parallel: DataParallel | None = None
+) -> LocalModel:
     """The model on `device` with the exits, the rule and the frozen parts that a configuration asks for.
+
+    Args:
+        model: the model, of `transformers`.
+        config: the configuration.
+        device: where to.
+        data_parallel: the ranks that share each batch, if there are several.
 
     Raises:
         ValueError: exits or rule do not fit the model.
@@ -80,6 +89,7 @@ def attach_exits(model: Any, config: TrainConfig, *, device: torch.device) -> Lo
         seed=config.seed,
         label_smoothing=config.label_smoothing,
         z_loss=config.z_loss,
+        data_parallel=data_parallel,
     )
     if not config.train_blocks:
         freeze_blocks(local)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from localexit.train.config import TrainConfig
 from localexit.train.corpus import check_source
 from localexit.train.folder import RunFolder
+from localexit.train.launch import world_size
 from localexit.train.presets import resolve_name
 
 
@@ -21,6 +22,19 @@ def check_start(config: TrainConfig, folder: RunFolder, *, resume: bool) -> None
         folder.check_new()
     resolve_name(config.model)
     check_source(config.data)
+
+
+def check_shared_batch(config: TrainConfig) -> None:
+    """Refuse a batch that the processes of a run cannot share equally.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if config.batch_size % world_size():
+        raise ValueError(
+            f"batch_size: expected a multiple of the {world_size()} processes that share a batch, got "
+            f"{config.batch_size}; pass a multiple, or start another number of processes"
+        )
 
 
 def check_same_config(mine: TrainConfig, theirs: TrainConfig) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from localexit.feedback.draws import derive_seed
 from localexit.local import LocalModel
 from localexit.train.batches import BatchSampler
 from localexit.train.checkpoint import CheckpointError, Snapshot
@@ -78,6 +80,7 @@ class Trainer:
         self.config = config
         self.precision = precision
         self.device = local.unembedding.weight.device
+        self.ranks = local.data_parallel
         self.optimizer = make_optimizer(local.parameters(), config)
         self.scheduler = make_scheduler(self.optimizer, config)
         self.step, self.tokens, self.seconds, self.num_skipped = 0, 0, 0.0, 0
@@ -99,7 +102,7 @@ class Trainer:
         self.optimizer.zero_grad()
         # The mirror learns from pairs that this step's W measured, after every exit has used it.
         self.local.update()
-        num_tokens = sum(ids.numel() for ids in batches)
+        num_tokens = sum(ids.numel() for ids in batches) * self._num_ranks
         duration = time.perf_counter() - start
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + num_tokens, self.seconds + duration
         return StepResult(
@@ -113,15 +116,19 @@ class Trainer:
             skipped=tuple(skipped),
         )
 
+    @property
+    def _num_ranks(self) -> int:
+        return 1 if self.ranks is None else self.ranks.size
+
     def snapshot(self) -> Snapshot:
-        """Everything the next step depends on."""
+        """Everything the next step depends on; all ranks of a run make it together, and all get the same."""
         optimizer = self.optimizer.state_dict()
         return Snapshot(
             step=self.step,
             tensors={
                 "model": _without_aliases(self.local.state_dict()),
                 "optimizer": {f"{i}.{key}": t for i, state in optimizer["state"].items() for key, t in state.items()},
-                "rng": _rng_states(self.device),
+                "rng": self._rng_states(),
             },
             state={
                 "step": self.step,
@@ -163,15 +170,20 @@ class Trainer:
 
     def _gradients(self, batches: list[Tensor]) -> Tensor:
         """Losses of the exits [L] over all micro-batches; their gradients are in `.grad`."""
-        num_items = sum(ids[:, 1:].numel() for ids in batches)
+        num_items = sum(ids[:, 1:].numel() for ids in batches) * self._num_ranks
         losses = torch.zeros(self.local.num_exits, device=self.device)
-        for ids in batches:
-            with autocast(self.device, self.precision):
+        for number, ids in enumerate(batches, start=1):
+            with (
+                self.local.no_sync() if number < len(batches) else nullcontext(),
+                autocast(self.device, self.precision),
+            ):
                 output = self.local(ids, ids, num_items=num_items)
             if self.local.backward_mode == "deferred":
                 output.loss.backward()
             losses += output.exit_losses
-        return losses
+        if self.local.backward_mode == "deferred":
+            self.local.average_gradients()
+        return losses if self.ranks is None else self.ranks.mean(losses)
 
     def _skip(self, measured: Tensor, batches: Sequence[Tensor]) -> str:
         """Drop the gradients of a batch and say why; the optimiser and the rule do not get to see it."""
@@ -206,12 +218,34 @@ class Trainer:
         self.optimizer.load_state_dict({"state": _by_index(snapshot.tensors["optimizer"]), "param_groups": groups})
         self.scheduler.load_state_dict(state["scheduler"])
         self.sampler.restore(state["sampler"])
-        torch.set_rng_state(snapshot.tensors["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in snapshot.tensors["rng"]:
-            torch.cuda.set_rng_state(snapshot.tensors["rng"]["cuda"], self.device)
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         # Runs of the first version stopped instead.
         self.num_skipped = state.get("skipped", 0)
+        self._restore_rng(snapshot.tensors["rng"])
+
+    def _rng_states(self) -> dict[str, Tensor]:
+        """The generators of every rank; what is a rank's own has its number behind the name, but for the first's."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.ranks is None:
+            return states
+        gathered = {name: self.ranks.gather(state.to(self.device)[None]).cpu() for name, state in states.items()}
+        return {_of_rank(name, rank): row for name, rows in gathered.items() for rank, row in enumerate(rows)}
+
+    def _restore_rng(self, states: Mapping[str, Tensor]) -> None:
+        rank = 0 if self.ranks is None else self.ranks.rank
+        if _of_rank("cpu", rank) not in states:
+            # Fewer ranks saved it.
+            torch.manual_seed(derive_seed(self.config.seed, f"{rank}/{self.step}"))
+            return
+        torch.set_rng_state(states[_of_rank("cpu", rank)])
+        if self.device.type == "cuda" and _of_rank("cuda", rank) in states:
+            torch.cuda.set_rng_state(states[_of_rank("cuda", rank)], self.device)
+
+
+def _of_rank(name: str, rank: int) -> str:
+    return f"{name}.{rank}" if rank else name
 
 
 def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -236,13 +270,6 @@ def _by_index(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         states.setdefault(int(index), {})[key] = tensor
-    return states
-
-
-def _rng_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
