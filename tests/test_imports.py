@@ -27,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "kernels": {"_checks", "feedback", "exits"},
     "local": {"_checks", "feedback", "exits"},
     "inference": {"_values", "local"},
+    "integrations": {"local"},
     "measure": {"_checks", "feedback", "exits", "local", "train"},
     "train": {"_checks", "_files", "_rules", "_values", "feedback", "exits", "local", "inference"},
     "report": {"_checks", "_files", "_text", "feedback"},

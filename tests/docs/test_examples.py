@@ -37,13 +37,24 @@ def plain_module(workplace: Path) -> list[str]:
     return [str(workplace / "path/to/text/0.txt"), "--steps", "2"]
 
 
+def with_accelerate(workplace: Path) -> list[str]:
+    return [str(workplace / "path/to/model"), str(workplace / "path/to/text/0.txt"), "--steps", "3"]
+
+
+def with_lightning(workplace: Path) -> list[str]:
+    return [str(workplace / "path/to/text/0.txt"), "--steps", "3"]
+
+
 ARGUMENTS: dict[str, Callable[[Path], list[str]]] = {
-    function.__name__: function for function in (compare_rules, early_exit, plain_module)
+    function.__name__: function
+    for function in (compare_rules, early_exit, plain_module, with_accelerate, with_lightning)
 }
 PRINTED = {
     "compare_rules": feedback_names(),
     "early_exit": ("with early exits",),
     "plain_module": ("exit 2: validation",),
+    "with_accelerate": ("step 3: nats/token by exit", "path/to/model-tuned"),
+    "with_lightning": ("validation nats/byte by exit after 3 steps",),
 }
 
 

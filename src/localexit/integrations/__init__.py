@@ -1,0 +1,1 @@
+"""Local training inside other people's loops."""
