@@ -22,6 +22,7 @@ from localexit._rules import feedback_names
 from localexit._text import visible
 from localexit.bench import BenchConfig
 from localexit.compare.plans import PlanName
+from localexit.inference.sampling import THRESHOLDS
 from localexit.train.config import FeedbackSpec, TrainConfig
 
 if TYPE_CHECKING:
@@ -168,6 +169,56 @@ class Generate:
         if self.exit == "confidence":
             return ConfidentExit(threshold=self.threshold)
         return FixedExit(exit_index=self.exit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure every exit of a trained model: loss, accuracy, calibration, agreement with the last; and early exits.
+
+    Writes eval.json into the run's folder, from which `localexit report` draws quality against depth.
+
+    Attributes:
+        run: folder of the run.
+        data: text as in `localexit train`, of which the validation part is used; the run's own by default.
+        tokens: most tokens to use, spread over the text.
+        thresholds: probabilities of the most likely token at which an exit is sure.
+        device: auto, cpu, cuda, …
+        output: where to write the JSON instead.
+    """
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    data: str | None = None
+    tokens: int = 65536
+    thresholds: tuple[float, ...] = THRESHOLDS
+    device: str = "auto"
+    output: Path | None = None
+
+    def execute(self) -> int:
+        """Print the tables and the path of the JSON."""
+        from localexit.train.corpus import check_source
+        from localexit.train.folder import RunFolder, write_json
+
+        _values.count("tokens", self.tokens, minimum=1)
+        for threshold in self.thresholds:
+            _values.fraction("thresholds", threshold)
+        folder = RunFolder(path=self.run)
+        folder.check_has_model()
+        check_source(folder.read_config().data if self.data is None else self.data)
+        from rich.console import Console
+
+        from localexit.report import evaluation_tables, read_evaluation
+        from localexit.train.eval import evaluate_run
+
+        evaluation = evaluate_run(
+            folder, data=self.data, max_tokens=self.tokens, thresholds=self.thresholds, device=self.device
+        )
+        path = self.output or folder.evaluation
+        write_json(path, evaluation)
+        console = Console()
+        for table in evaluation_tables(read_evaluation(path)):
+            console.print(table)
+        _print_plain(console, f"evaluation: {path}")
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,6 +395,7 @@ class Bench:
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]

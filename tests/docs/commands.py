@@ -13,6 +13,7 @@ TINY = {
     "train": "--steps 2 --warmup-steps 1 --batch-size 2 --context 16 --eval-tokens 64 --eval-every 2 "
     "--checkpoint-every 2 --sample-tokens 2 --threads 1 --device cpu --no-tensorboard",
     "generate": "--max-new-tokens 3 --device cpu",
+    "eval": "--tokens 64 --device cpu",
 }
 TINY_PRESET = "--model tiny --vocab-size 320"
 

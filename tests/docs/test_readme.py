@@ -57,6 +57,15 @@ def test_training_a_model_folder(workplace: Path, tmp_path: Path, monkeypatch: p
     assert (tmp_path / "runs/mine/model/model.safetensors").exists()
 
 
+def test_commands_about_early_exits(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    lines = "".join(blocks((ROOT / "docs/early-exit.md").read_text(encoding="utf-8"), "console")).splitlines()
+    commands = [line for line in lines if line.startswith("localexit ")]
+    assert len(commands) == 5
+    for line in commands:
+        run_command(line)
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_commands_in_the_text_are_commands(path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)

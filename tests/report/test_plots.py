@@ -12,6 +12,8 @@ import pytest
 from localexit.report import plots, read_run
 from localexit.report.plots import (
     comparison_charts,
+    early_exit_accuracy,
+    early_exit_loss,
     gradient_norms,
     last_exit_curves,
     learning_curves,
@@ -21,7 +23,7 @@ from localexit.report.plots import (
     throughput,
 )
 from localexit.report.theme import drawable, exit_colors, run_style
-from report.runs_on_disk import FakeRun
+from report.runs_on_disk import FakeRun, write_json
 
 CHARTS = (learning_curves, loss_by_depth, gradient_norms, throughput, learning_rate)
 
@@ -57,6 +59,45 @@ def test_learning_curves_draw_what_was_logged(tmp_path):
         assert drawn[3 + index].get_alpha() == 1
     assert sorted(labels(chart)) == ["exit 0", "exit 1", "exit 2"]
     assert f"{run.records.valid.loss[-1, 2]:.3f}" in chart.alt
+
+
+EVALUATION = {
+    "format": 1,
+    "data": "stdlib",
+    "step": 120,
+    "num_tokens": 1000,
+    "num_blocks": 4,
+    "exits": [
+        {"num_blocks": 2, "loss": 4.0, "accuracy": 0.3, "confidence": 0.4, "calibration_error": 0.1, "agreement": 0.7},
+        {"num_blocks": 4, "loss": 3.5, "accuracy": 0.4, "confidence": 0.5, "calibration_error": 0.1, "agreement": 1.0},
+    ],
+    "early": [
+        {"threshold": 0.5, "average_blocks": 2.5, "loss": 3.8, "accuracy": 0.35, "agreement": 0.8},
+        {"threshold": 0.9, "average_blocks": 3.5, "loss": 3.6, "accuracy": 0.39, "agreement": 0.95},
+    ],
+}
+
+
+@pytest.mark.parametrize(("chart", "quantity"), [(early_exit_loss, "loss"), (early_exit_accuracy, "accuracy")])
+def test_quality_against_average_depth(tmp_path, chart, quantity):
+    path = FakeRun().write(tmp_path / "run")
+    assert chart(read_run(path)) is None
+    write_json(path / "eval.json", EVALUATION)
+    one, sure = lines(chart(read_run(path)))
+    assert one.get_xdata().tolist() == [2, 4]
+    assert one.get_ydata().tolist() == [row[quantity] for row in EVALUATION["exits"]]
+    assert sure.get_xdata().tolist() == [2.5, 3.5]
+    assert sure.get_ydata().tolist() == [row[quantity] for row in EVALUATION["early"]]
+
+
+@pytest.mark.parametrize(
+    "broken", [{"exits": 3}, {"early": [{}]}, {"num_tokens": "many"}, {"exits": [{"num_blocks": "x"}]}, {"step": []}]
+)
+def test_an_evaluation_that_is_none_is_refused(tmp_path, broken):
+    path = FakeRun().write(tmp_path / "run")
+    write_json(path / "eval.json", EVALUATION | broken)
+    with pytest.raises(ValueError, match=r"eval\.json: not an evaluation .*`localexit eval`"):
+        read_run(path)
 
 
 def test_labels_of_24_exits_are_all_there_and_apart(tmp_path):

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from localexit import _values
 
+# Probabilities of the most likely token at which an exit may count as sure.
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:

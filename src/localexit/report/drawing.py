@@ -57,7 +57,7 @@ class Chart:
 class Curve:
     """A line over x [T], y [T]; NaN is a gap. An empty label draws no label."""
 
-    x: Ints
+    x: Ints | Floats
     y: Floats
     color: Color
     label: str = ""
@@ -111,6 +111,13 @@ def scale_exits(axes: Axes, num_exits: int) -> None:
     axes.set_xlim(-0.3, num_exits - 0.7)
     axes.set_xlabel("exit")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, steps=_STEPS))
+
+
+def scale_blocks(axes: Axes, num_blocks: int) -> None:
+    """Set the x axis to a number of blocks, from none to all."""
+    axes.set_xlim(0, 1.02 * num_blocks)
+    axes.set_xlabel("blocks a token, on average")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=_STEPS))
 
 
 def scale_losses(axes: Axes, curves: Sequence[Curve], *, uniform: float | None) -> None:

@@ -19,6 +19,7 @@ from .drawing import (
     has_numbers,
     label_ends,
     rendered,
+    scale_blocks,
     scale_exits,
     scale_from_zero,
     scale_log,
@@ -40,6 +41,8 @@ def run_charts(run: Run) -> tuple[Chart, ...]:
     charts = (
         learning_curves(run),
         loss_by_depth(run),
+        early_exit_loss(run),
+        early_exit_accuracy(run),
         gradient_norms(run),
         throughput(run),
         learning_rate(run),
@@ -122,6 +125,46 @@ def loss_by_depth(run: Run) -> Chart | None:
         title="Validation loss by depth, nats/token",
         caption="What each exit adds to the one below it; grey: earlier in training.",
         alt=f"Line chart of validation loss against exit, 0 to {run.num_exits - 1}. {_last_values(valid)}",
+    )
+
+
+def early_exit_loss(run: Run) -> Chart | None:
+    """Loss against the average number of blocks: early exits by threshold, and every exit by itself."""
+    return _early_exits(run, "loss", name="early_exit_loss", title="Early exits: loss, nats/token")
+
+
+def early_exit_accuracy(run: Run) -> Chart | None:
+    """Accuracy against the average number of blocks: early exits by threshold, and every exit by itself."""
+    return _early_exits(run, "accuracy", name="early_exit_accuracy", title="Early exits: accuracy")
+
+
+@figure_style()
+def _early_exits(run: Run, quantity: str, *, name: str, title: str) -> Chart | None:
+    """One measure of quality against the average number of blocks that a token takes."""
+    evaluation = run.evaluation
+    if evaluation is None or len(evaluation.exits["loss"]) < 2:
+        return None
+    exits, early = evaluation.exits, evaluation.early
+    curves = [
+        Curve(x=exits["num_blocks"], y=gapped(exits[quantity]), color=FAINT, width=1.2, label="one exit"),
+        Curve(x=early["average_blocks"], y=gapped(early[quantity]), color=INK, width=2.0, label="first sure"),
+    ]
+    if not has_numbers(curves):
+        return None
+    figure, axes = canvas(*SMALL, right=0.95)
+    draw(axes, curves)
+    scale_blocks(axes, evaluation.num_blocks)
+    scale_losses(axes, curves, uniform=None)
+    label_ends(axes, curves, strong="last")
+    return rendered(
+        figure,
+        curves,
+        name=name,
+        title=title,
+        caption="Grey: one exit for all tokens. Black: each token by the first exit that is sure enough, one point a "
+        "threshold of confidence. Blocks are counted up to the exit that writes; those after it catch up later.",
+        alt=f"Line chart of {quantity} against the average number of blocks of {evaluation.num_blocks}, at "
+        f"{len(early['threshold'])} thresholds.",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from localexit._files import check_links, read_json
 
+from .evaluation import Evaluation, evaluation_of
 from .records import Records, read_records
 
 FORMAT = 1
@@ -28,6 +29,7 @@ class Run:
         device: where it ran.
         corpus: the content of `corpus.json`, but `format`.
         records: the content of `metrics.jsonl`.
+        evaluation: the content of `eval.json`, or None.
     """
 
     path: Path
@@ -37,6 +39,7 @@ class Run:
     device: str
     corpus: Mapping[str, Any]
     records: Records
+    evaluation: Evaluation | None = None
 
     @property
     def name(self) -> str:
@@ -50,7 +53,7 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read the run directory `path`: `config.json`, `corpus.json` and `metrics.jsonl`.
+    """Read the run directory `path`: `config.json`, `corpus.json`, `metrics.jsonl`, and `eval.json` if there is one.
 
     A last line of `metrics.jsonl` that was cut off in the middle of a write is left out and noted.
 
@@ -75,7 +78,17 @@ def read_run(path: Path) -> Run:
         device=str(config.get("device", "unknown")),
         corpus={key: value for key, value in corpus.items() if key != "format"},
         records=read_records(path / "metrics.jsonl"),
+        evaluation=read_evaluation(path / "eval.json") if (path / "eval.json").is_file() else None,
     )
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read the file that `localexit eval` wrote.
+
+    Raises:
+        ValueError: it is missing, malformed or of another format version.
+    """
+    return evaluation_of(_read_json(path.parent, path.name), path)
 
 
 def _read_json(folder: Path, name: str) -> Mapping[str, Any]:

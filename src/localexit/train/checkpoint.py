@@ -106,6 +106,12 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return [named[step] for step in sorted(named, reverse=True)]
 
 
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint, or None when there is none."""
+    newest = checkpoint_folders(folder)[:1]
+    return int(newest[0].name.removeprefix("step-")) if newest else None
+
+
 def load_checkpoint(path: Path) -> Snapshot:
     """Read one checkpoint, after verifying it.
 

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -61,6 +61,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def evaluation(self) -> Path:
+        """What `localexit eval` measured, `eval.json`."""
+        return self.path / "eval.json"
+
+    @property
     def tensorboard(self) -> Path:
         """Event files."""
         return self.path / "tensorboard"
@@ -95,9 +100,9 @@ class RunFolder:
             self.corpus.touch(exist_ok=False)
         except FileExistsError:
             raise self._exists_error() from None
-        _write_json(self.corpus, corpus)
+        write_json(self.corpus, corpus)
         # Last: the folder is a run from here on.
-        _write_json(
+        write_json(
             self.config,
             {
                 "format": FORMAT,
@@ -161,8 +166,19 @@ class RunFolder:
         Raises:
             ValueError: the text is not that of the run.
         """
+        self._check_corpus(corpus, ("sha256", "vocab_size", "train_tokens"))
+
+    def check_text(self, corpus: Mapping[str, Any]) -> None:
+        """Refuse text that is not that of the run, however it is cut into tokens.
+
+        Raises:
+            ValueError: it is not.
+        """
+        self._check_corpus(corpus, ("sha256",))
+
+    def _check_corpus(self, corpus: Mapping[str, Any], names: Sequence[str]) -> None:
         before = self._read_json(self.corpus)
-        for name in ("sha256", "vocab_size", "train_tokens"):
+        for name in names:
             if before.get(name) != corpus[name]:
                 raise ValueError(
                     f"data: expected the text of the run ({name} {before.get(name)}), got {corpus['name']!r} with "
@@ -226,7 +242,8 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, whole or not at all, and wait until it is on disk."""
     with written_atomically(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         with temporary.open("rb") as file:
