@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         feedback_names,
         make_feedback,
     )
-    from localexit.local import ExitSchedule, LocalModel, LocalOutput, load_exits, save_exits
+    from localexit.local import ExitSchedule, LocalModel, LocalOutput, StepInBackward, load_exits, save_exits
     from localexit.local.attach import attach
 
 __version__ = "0.1.0"
@@ -58,6 +58,7 @@ __all__ = [
     "LocalOutput",
     "LogitAnchors",
     "Sketch",
+    "StepInBackward",
     "WeightMirror",
     "WeightTransport",
     "attach",

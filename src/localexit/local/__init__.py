@@ -3,6 +3,7 @@
 from localexit.local.attach import attach
 from localexit.local.discover import Anatomy, discover
 from localexit.local.exits import Exit
+from localexit.local.in_backward import StepInBackward
 from localexit.local.model import LocalModel
 from localexit.local.saving import load_exits, restore_exits, save_exits
 from localexit.local.schedule import ExitSchedule
@@ -16,6 +17,7 @@ __all__ = [
     "ExitSchedule",
     "LocalModel",
     "LocalOutput",
+    "StepInBackward",
     "Unit",
     "attach",
     "discover",

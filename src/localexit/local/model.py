@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ from localexit.local.steps import (
 )
 from localexit.local.trace import accepts, eval_mode
 from localexit.local.units import Unit
+
+if TYPE_CHECKING:
+    from localexit.local.in_backward import StepInBackward
 
 # Arguments of a training forward that the model itself does not get; the third is the name `transformers` uses.
 OURS = ("labels", "num_items", "num_items_in_batch", "token_weight", "loss_scale")
@@ -108,6 +111,7 @@ class LocalModel(nn.Module):
         exit_norm: the name given to `attach`; None when it was a module.
         blocks: the model's blocks, first to last.
         backward_mode: "deferred" or "stream"; "joint" or "direct" for the controls that are not local.
+        in_backward: what steps each unit after its backward, a `StepInBackward`, or None.
         rows_since_update: tokens of the optimiser step so far, on all ranks; part of what a forward's draws depend on.
     """
 
@@ -138,6 +142,7 @@ class LocalModel(nn.Module):
         self.exit_weights = (1.0,) * len(exits) if exit_weights is None else exit_weights
         self.blocks = anatomy.blocks
         self.schedule = schedule
+        self.in_backward: StepInBackward | None = None
         self._shared = shared
         self._settings = settings
         self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
@@ -200,6 +205,11 @@ class LocalModel(nn.Module):
         self._exit_weights = values
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether `fully_shard` has spread some of the model over ranks."""
+        return bool(sharded_modules(self.model))
+
+    @property
     def schedule(self) -> ExitSchedule:
         """What exits do from step to step; may be set between steps."""
         return self._schedule
@@ -207,7 +217,7 @@ class LocalModel(nn.Module):
     @schedule.setter
     def schedule(self, schedule: ExitSchedule) -> None:
         schedule.check(self.num_exits)
-        if schedule.exits_per_step is not None and sharded_modules(self.model):
+        if schedule.exits_per_step is not None and self.is_sharded:
             raise ValueError(
                 "exits_per_step is not for blocks that fully_shard has spread over ranks: they wait for a backward "
                 "that does not come when their exit sits a step out; use token_share, or wrap the blocks in DDP"
@@ -485,9 +495,16 @@ class LocalModel(nn.Module):
         if self.backward_mode == "deferred":
             return DeferredStep(settings=self._settings, last_exit=last_exit, batch=batch)
         loss_scale = 1.0 if inputs.loss_scale is None else inputs.loss_scale
-        average = self._gradient_average() if self._is_synced else None
-        step = _STEPS[self.backward_mode]
-        return step(settings=self._settings, last_exit=last_exit, batch=batch, loss_scale=loss_scale, average=average)
+        if self.in_backward is not None:
+            self.in_backward.begin()
+        return _STEPS[self.backward_mode](
+            settings=self._settings,
+            last_exit=last_exit,
+            batch=batch,
+            loss_scale=loss_scale,
+            average=self._gradient_average() if self._is_synced else None,
+            after_unit=None if self.in_backward is None else self.in_backward.step_unit,
+        )
 
     def _count_rows(self, target: Tensor) -> int:
         """Number of the first token of this forward among those since the last `update()`."""
@@ -508,6 +525,11 @@ class LocalModel(nn.Module):
         return None if self.data_parallel is None else GradientAverage(self.data_parallel, *self._averaged)
 
     def _refuse_unsupported(self, inputs: TrainingInputs) -> None:
+        if inputs.loss_scale is not None and self.in_backward is not None:
+            raise ValueError(
+                "loss_scale with steps in the backward: units are stepped before the gradients can be scaled back; "
+                "train in bf16 or fp32, or use an ordinary optimiser"
+            )
         if self.backward_mode != "deferred" and DistributedDataParallel._active_ddp_module is not None:
             raise ValueError(
                 f"this model is attached with backward={self.backward_mode!r} and wrapped in one "

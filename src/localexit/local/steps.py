@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
@@ -198,10 +198,12 @@ class StreamStep(TrainingStep):
     Attributes:
         loss_scale: what gradients are multiplied by, for loss scaling in fp16.
         average: takes the means over ranks, where there are several.
+        after_unit: called with the index of a unit whose gradients are there.
     """
 
     loss_scale: Tensor | float = 1.0
     average: GradientAverage | None = None
+    after_unit: Callable[[int], None] | None = None
     is_in_backward: bool = False
 
     def __post_init__(self) -> None:
@@ -216,6 +218,8 @@ class StreamStep(TrainingStep):
         feedback = self.run_exit(exit_, normed, seen)
         self._backward({normed: feedback, **self.router_grads(exit_)})
         self._average_unit(exit_.index)
+        if self.after_unit is not None:
+            self.after_unit(exit_.index)
 
     def run_exit(self, exit_: Exit, normed: Tensor, seen: Seen, *, is_trained: bool = True) -> Tensor | None:
         """Keep the exit's loss, unweighted; add its dW to the sum; return its feedback. Not trained, only the loss."""

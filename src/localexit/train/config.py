@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ExitNorm = Literal["shared", "copy", "none"]
 Backward = Literal["stream", "deferred", "joint", "direct"]
 Decay = Literal["linear", "cosine"]
+OptimizerTiming = Literal["after_backward", "in_backward"]
 Precision = Literal["auto", "fp32", "bf16"]
 NonFinite = Literal["stop", "skip"]
 
@@ -32,6 +33,7 @@ _ADDED_FIELDS: Mapping[str, Any] = {
     "unembedding_std": 0.02,
     "non_finite": "stop",
     "max_skipped": 10,
+    "optimizer": "after_backward",
     "exit_weights": None,
     "exit_warmup": 0,
     "exits_per_step": None,
@@ -119,6 +121,8 @@ class TrainConfig:
         warmup_steps: linear rise of the learning rate to its peak.
         decay: shape of its fall after that.
         final_lr: what it falls to, as a share of the peak.
+        optimizer: when AdamW steps: after the backward of all units, or in_backward, each unit right after its own, so
+            that the gradients of one unit live at a time.
         clip: largest gradient norm, for each unit by itself and for what units share.
         non_finite: what a NaN or infinite loss or gradient does before the optimiser sees it: stop ends the run, skip
             leaves the batch out and takes the next.
@@ -161,6 +165,7 @@ class TrainConfig:
     warmup_steps: int = 60
     decay: Decay = "linear"
     final_lr: float = 0.05
+    optimizer: OptimizerTiming = "after_backward"
     clip: float = 1.0
     non_finite: NonFinite = "stop"
     max_skipped: int = 10
@@ -193,11 +198,22 @@ class TrainConfig:
             ("decay", Decay),
             ("precision", Precision),
             ("non_finite", NonFinite),
+            ("optimizer", OptimizerTiming),
         ):
             _values.choice(name, getattr(self, name), get_args(kinds))
         _values.loss_options("mean", self.label_smoothing, self.z_loss, None)
         self._check_optimizer()
         exit_indices(self.exits)
+        if self.optimizer == "in_backward":
+            self._check_in_backward()
+
+    def _check_in_backward(self) -> None:
+        for name, needed in (("backward", "stream"), ("accumulate", 1), ("non_finite", "stop")):
+            if getattr(self, name) != needed:
+                raise ValueError(
+                    f"optimizer='in_backward' steps each unit before the others' gradients exist: expected "
+                    f"{name}={needed!r}, got {getattr(self, name)!r}; change it, or pass optimizer='after_backward'"
+                )
 
     def _check_optimizer(self) -> None:
         for name in ("lr", "clip"):

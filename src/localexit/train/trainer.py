@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from localexit.feedback.draws import derive_seed
-from localexit.local import LocalModel
+from localexit.local import LocalModel, StepInBackward
 from localexit.train.batches import BatchSampler
 from localexit.train.checkpoint import CheckpointError, Snapshot
 from localexit.train.config import TrainConfig
@@ -83,6 +83,9 @@ class Trainer:
         self.ranks = local.data_parallel
         self.optimizer = make_optimizer(local.parameters(), config)
         self.scheduler = make_scheduler(self.optimizer, config)
+        self.in_backward = (
+            StepInBackward(local, self.optimizer, max_norm=config.clip) if config.optimizer == "in_backward" else None
+        )
         self.step, self.tokens, self.seconds, self.num_skipped = 0, 0, 0.0, 0
 
     def train_step(self) -> StepResult:
@@ -92,14 +95,15 @@ class Trainer:
 
         Raises:
             NonFiniteError: a loss or gradient norm is NaN or infinite, and the batch may not be skipped; parameters
-                and optimiser are as they were.
+                and optimiser are as they were, unless units are stepped in the backward.
         """
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
         batches, losses, grad_norms, skipped = self._finite_gradients()
-        self.optimizer.step()
+        if self.in_backward is None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         self.scheduler.step()
-        self.optimizer.zero_grad()
         # The mirror learns from pairs that this step's W measured, after every exit has used it.
         self.local.update()
         num_tokens = sum(ids.numel() for ids in batches) * self._num_ranks
@@ -160,13 +164,19 @@ class Trainer:
             batches = [self.sampler.next_batch().to(self.device) for _ in range(self.config.accumulate)]
             took_part = [weight > 0 for weight in self.local.step_weights()]
             gradients = self._gradients(batches)
-            grad_norms = self.local.clip_grad_norm_(self.config.clip)
+            grad_norms = self._clip()
             measured = torch.cat([gradients.double(), grad_norms.double()]).tolist()
             losses = tuple(loss if took else None for loss, took in zip(measured, took_part, strict=False))
             norms = tuple(measured[self.local.num_exits :])
             if all(value is None or math.isfinite(value) for value in (*losses, *norms)):
                 return batches, losses, norms, skipped
             skipped.append(self._skip(torch.tensor(measured), batches))
+
+    def _clip(self) -> Tensor:
+        """Clip every unit and what they share, and give the norms; with steps in the backward this ends the step."""
+        if self.in_backward is not None:
+            return self.in_backward.step()
+        return self.local.clip_grad_norm_(self.config.clip)
 
     def _gradients(self, batches: list[Tensor]) -> Tensor:
         """Losses of the exits [L] over all micro-batches; their gradients are in `.grad`."""
@@ -195,7 +205,8 @@ class Trainer:
             f"norms {_short(norms)}"
         )
         if self.config.non_finite == "stop":
-            raise NonFiniteError(f"{found}; the step was not made. {self._remedy(batches)}")
+            made = "the step was not made" if self.in_backward is None else "units were stepped with them"
+            raise NonFiniteError(f"{found}; {made}. {self._remedy(batches)}")
         if self.num_skipped == self.config.max_skipped:
             raise NonFiniteError(
                 f"{found}; {self.num_skipped} batches were skipped before, and max_skipped={self.config.max_skipped} "
