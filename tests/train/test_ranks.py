@@ -124,6 +124,40 @@ def test_a_killed_process_ends_the_others(text: Path, cache_dir: Path, alone: Pa
     assert_same_run(run, alone)
 
 
+@pytest.mark.slow
+def test_sharded_from_four_processes_to_two_to_one(text: Path, cache_dir: Path, alone: Path, tmp_path: Path) -> None:
+    """Every checkpoint is read by another number of processes than wrote it; the model is exported whole."""
+    run, config = tmp_path / "run", config_of(text, shard=True)
+    replies = rank_replies(train_until, 4, 2, signal.SIGTERM, 3, config, run, cache_dir)
+    assert [(error, outcome.status) for error, outcome in replies] == [(None, "interrupted")] * 4
+    assert len(list((run / "checkpoints/step-2").glob("shard-*.safetensors"))) == 4
+    replies = rank_replies(resume_until, 2, 4, signal.SIGTERM, 0, config, run, cache_dir)
+    assert [(error, outcome.status) for error, outcome in replies] == [(None, "interrupted")] * 2
+    assert len(list((run / "checkpoints/step-4").glob("shard-*.safetensors"))) == 2
+    train_on(1, config, run, cache_dir, resume=True)
+    assert_same_run(run, alone)
+    assert not list(run.glob("checkpoints/.*"))
+
+
+def resume_until(step: int, number: int, rank: int, config: TrainConfig, run: Path, cache_dir: Path) -> Outcome:
+    stop_at(step, number, rank)
+    return train_quietly(config, run, cache_dir, resume=True)
+
+
+@pytest.mark.slow
+def test_a_damaged_shard_is_noticed(text: Path, cache_dir: Path, alone: Path, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", config_of(text, shard=True)
+    train_on(2, config, run, cache_dir)
+    shard = next((run / "checkpoints/step-6").glob("shard-*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    train_on(2, config, run, cache_dir, resume=True)
+    skipped = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "skipped checkpoint step-6" in line]
+    assert len(skipped) == 1
+    assert_same_run(run, alone)
+
+
 def save_and_die(config: TrainConfig, run: Path, cache_dir: Path) -> Outcome:
     """The main process is killed when its second checkpoint is on disk under a temporary name."""
     made = loop.save_checkpoint

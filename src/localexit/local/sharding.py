@@ -24,6 +24,12 @@ def sharded_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if is_sharded(module)]
 
 
+def shard_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, any other tensor as it is."""
+    sharded: Any = tensor
+    return sharded.to_local() if is_sharded(tensor) else tensor
+
+
 def reshard(modules: Iterable[Any]) -> None:
     """Give up the whole parameters of sharded modules, and put the sharded ones in their place.
 
@@ -45,5 +51,5 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
     norm = torch.linalg.vector_norm(torch.stack([norm_of_sharded.full_tensor(), nn.utils.get_total_norm(whole)]))
     # As torch does: a tiny summand, and no comparison that a GPU would have to wait for.
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([*whole, *(grad.to_local() for grad in sharded)], factor)
+    torch._foreach_mul_([*whole, *map(shard_of, sharded)], factor)
     return norm

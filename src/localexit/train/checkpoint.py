@@ -31,6 +31,7 @@ MANIFEST_FILE = "manifest.json"
 
 _TEMPORARY = ".unfinished-"
 _NAME = re.compile(r"step-(0|[1-9]\d{0,14})")
+_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,14 @@ class Snapshot:
         step: optimiser steps made.
         tensors: by file (`model`, `optimizer`, `rng`) and name.
         state: everything else, in types that JSON has.
+        shards: folder with what of `model` and `optimizer` each process has written, in place of these two; see
+            `localexit.train.sharded`.
     """
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
+    shards: Path | None = None
 
 
 class CheckpointError(ValueError):
@@ -121,10 +125,12 @@ def load_checkpoint(path: Path) -> Snapshot:
     verify(path)
     state = _read_json(path, STATE_FILE)
     try:
-        tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSOR_FILES}
+        names = [name for name in TENSOR_FILES if (path / f"{name}.safetensors").exists()]
+        tensors = {name: load_file(path / f"{name}.safetensors") for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path.name}: {error}") from error
-    return Snapshot(step=int(path.name.removeprefix("step-")), tensors=tensors, state=state)
+    shards = None if set(names) == set(TENSOR_FILES) else path
+    return Snapshot(step=int(path.name.removeprefix("step-")), tensors=tensors, state=state, shards=shards)
 
 
 def verify(path: Path) -> None:
@@ -140,13 +146,20 @@ def verify(path: Path) -> None:
             f"version of localexit that wrote it"
         )
     digests = manifest.get("sha256")
-    expected = {STATE_FILE, *(f"{name}.safetensors" for name in TENSOR_FILES)}
     is_own = path.name.endswith(f"step-{manifest.get('step')}")
-    if not isinstance(digests, dict) or set(digests) != expected or not is_own:
+    if not isinstance(digests, dict) or not _is_complete(set(digests)) or not is_own:
         raise CheckpointError(f"checkpoint {path.name}: its manifest is not of this checkpoint")
     for name, digest in digests.items():
         if _digest(_regular_file(path, name)) != digest:
             raise CheckpointError(f"checkpoint {path.name}: {name} is damaged (its sha256 is not the recorded one)")
+
+
+def _is_complete(names: set[str]) -> bool:
+    """Whether these are the files of a checkpoint, whole or in shards."""
+    shards = {name for name in names if _SHARD.fullmatch(name)}
+    if shards:
+        return names == {STATE_FILE, "rng.safetensors", *shards}
+    return names == {STATE_FILE, *(f"{name}.safetensors" for name in TENSOR_FILES)}
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -157,13 +170,15 @@ def remove_unfinished(folder: Path) -> None:
 
 def _write(path: Path, snapshot: Snapshot) -> None:
     path.mkdir()
-    for name in TENSOR_FILES:
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in snapshot.tensors[name].items()}
+    for name, part in snapshot.tensors.items():
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in part.items()}
         save_file(tensors, path / f"{name}.safetensors")
+    for shard in snapshot.shards.iterdir() if snapshot.shards is not None else ():
+        shard.rename(path / shard.name)
     (path / STATE_FILE).write_text(json.dumps(snapshot.state, indent=1) + "\n", encoding="utf-8")
-    for name in TENSOR_FILES:
+    for file in path.glob("*.safetensors"):
         # safetensors lets nobody else read what it writes; these have the mode that any new file gets.
-        shutil.copymode(path / STATE_FILE, path / f"{name}.safetensors")
+        shutil.copymode(path / STATE_FILE, file)
     files = sorted(path.iterdir())
     _sync_all(files)
     digests = {file.name: _digest(file) for file in files}

@@ -38,6 +38,7 @@ _ADDED_FIELDS: Mapping[str, Any] = {
     "exit_warmup": 0,
     "exits_per_step": None,
     "token_share": 1.0,
+    "shard": False,
 }
 
 
@@ -133,6 +134,7 @@ class TrainConfig:
         precision: fp32, or bf16 autocast; auto takes bf16 on a GPU.
         device: auto, cpu, cuda, cuda:1, …
         threads: CPU threads; torch's choice by default.
+        shard: spread the blocks' parameters, gradients and optimiser state over the processes of the run.
         log_every: steps between training records.
         eval_every: steps between validations; the last step always has one.
         eval_tokens: validation tokens to use, spread over the text.
@@ -175,6 +177,7 @@ class TrainConfig:
     precision: Precision = "auto"
     device: str = "auto"
     threads: int | None = None
+    shard: bool = False
     log_every: int = 1
     eval_every: int = 100
     eval_tokens: int = 16384

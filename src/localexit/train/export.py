@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from localexit.local import LocalModel, restore_exits, save_exits
 from localexit.train.folder import RunFolder
@@ -16,7 +18,9 @@ from localexit.train.presets import PRESETS, resolve_name
 from localexit.train.tokenizer import as_pretrained, copy_pretrained
 
 
-def export_model(run: RunFolder, local: LocalModel, tokenizer: Tokenizer) -> None:
+def export_model(
+    run: RunFolder, local: LocalModel, tokenizer: Tokenizer, *, whole: Mapping[str, Tensor] | None = None
+) -> None:
     """Write `model/`: what `transformers` loads, the tokenizer, the exits' own norms and the rule's state.
 
     Args:
@@ -24,6 +28,7 @@ def export_model(run: RunFolder, local: LocalModel, tokenizer: Tokenizer) -> Non
         local: the model.
         tokenizer: what a preset learned from the text; any other model passes its own on, special tokens and chat
             template included.
+        whole: the model's tensors by name where the model itself has only shards of them.
     """
     temporary, old = run.path / ".model", run.path / ".model-old"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -32,7 +37,7 @@ def export_model(run: RunFolder, local: LocalModel, tokenizer: Tokenizer) -> Non
         old.rename(run.model)
     save: Any = local.model
     with without_progress_bars():
-        save.save_pretrained(temporary)
+        save.save_pretrained(temporary, state_dict=whole)
     source = run.read_config().model
     if source in PRESETS:
         as_pretrained(tokenizer).save_pretrained(temporary)

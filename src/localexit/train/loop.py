@@ -19,6 +19,7 @@ from localexit.feedback.draws import derive_seed
 from localexit.inference.architecture import model_config
 from localexit.inference.sampling import Sampling
 from localexit.inference.text import sample_text
+from localexit.local.sharding import shard_of
 from localexit.local.units import exit_blocks
 from localexit.train.batches import BatchSampler
 from localexit.train.checkpoint import load_newest, save_checkpoint
@@ -34,6 +35,7 @@ from localexit.train.models import attach_exits, build_model
 from localexit.train.preflight import check_shared_batch, check_start
 from localexit.train.presets import PRESETS
 from localexit.train.ranks import Ranks, joined
+from localexit.train.sharded import gathered_state, save_sharded
 from localexit.train.stop import StopRequest
 from localexit.train.trainer import NonFiniteError, RunFailedError, Trainer
 
@@ -106,7 +108,7 @@ def train(
     _check_fits_preset(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with joined(resolve_device(config.device)) as ranks:
+    with joined(resolve_device(config.device), needs_group=config.shard) as ranks:
         console = (console or Console()) if ranks.is_main else Console(quiet=True)
         console.print(f"reading {config.data} …", markup=False, highlight=False)
         with ranks.main_first():
@@ -274,9 +276,10 @@ def _train(run: _Run) -> Outcome:
         run.log.event(trainer.step, "non_finite", str(error))
         raise
     status: Literal["finished", "interrupted"] = "finished" if trainer.step == config.steps else "interrupted"
+    whole = gathered_state(trainer.local) if config.shard else None
     with _saving(run.folder):
         if run.ranks.is_main:
-            export_model(run.folder, trainer.local, run.data.tokenizer)
+            export_model(run.folder, trainer.local, run.data.tokenizer, whole=whole)
     run.ranks.wait()
     run.log.event(trainer.step, status, f"after {trainer.tokens} tokens in {trainer.seconds:.1f} s of training")
     return Outcome(run=run.folder, status=status, signal_number=stopped_by or None, is_main=run.ranks.is_main)
@@ -314,7 +317,8 @@ def _validate(run: _Run) -> None:
         context=config.context,
         max_tokens=config.eval_tokens,
         precision=trainer.precision,
-        data_parallel=run.ranks.data_parallel,
+        # Forwards of sharded blocks are made together: then all processes go through all of the text.
+        data_parallel=None if config.shard else run.ranks.data_parallel,
     )
     if not all(map(math.isfinite, validation.loss)):
         raise NonFiniteError(
@@ -333,17 +337,21 @@ def _validate(run: _Run) -> None:
 
 def _checkpoint(run: _Run) -> None:
     # A step can overflow a parameter although its gradients were finite; an older checkpoint is worth more then.
-    broken = [name for name, p in run.trainer.local.named_parameters() if not bool(torch.isfinite(p).all())]
-    if broken:
+    named = [(name, shard_of(p)) for name, p in run.trainer.local.named_parameters()]
+    broken = [name for name, shard in named if not bool(torch.isfinite(shard).all())]
+    if run.ranks.largest(len(broken)):
         raise NonFiniteError(
-            f"step {run.trainer.step}: expected finite parameters, but {broken[0]} has others; the last checkpoint "
-            f"is from before. Try a lower lr or a longer warm-up"
+            f"step {run.trainer.step}: expected finite parameters, but {(broken or ['another process'])[0]} has "
+            f"others; the last checkpoint is from before. Try a lower lr or a longer warm-up"
         )
     snapshot = run.trainer.snapshot()
     if run.ranks.is_main:
         # What a checkpoint says has happened must be in the log before it.
         run.log.sync()
-        with _saving(run.folder):
+    with _saving(run.folder):
+        if run.config.shard:
+            save_sharded(run.folder.checkpoints, snapshot, run.ranks)
+        elif run.ranks.is_main:
             save_checkpoint(run.folder.checkpoints, snapshot)
     # Else a fast process could be steps ahead of a checkpoint that it believes in.
     run.ranks.wait()

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.fsdp import fully_shard
 
 from localexit._files import read_json
 from localexit.exits import DataParallel
 from localexit.inference.architecture import longest_context
-from localexit.local import ExitSchedule, LocalModel, attach
+from localexit.local import ExitSchedule, LocalModel, attach, discover
 from localexit.train.config import TrainConfig, exit_indices
 from localexit.train.presets import PRESETS, Preset, resolve_name
 
@@ -74,6 +75,9 @@ def attach_exits(
         ValueError: exits or rule do not fit the model.
     """
     model = model.to(device).train()
+    if config.shard and data_parallel is not None:
+        for block in discover(model, seed=config.seed).blocks:
+            fully_shard(block)
     vocab_size, hidden_size = model.get_output_embeddings().weight.shape
     rule = config.feedback.build(hidden_size=hidden_size, vocab_size=vocab_size, seed=config.seed).to(device)
     local = attach(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
+from localexit.local.sharding import is_sharded
 from localexit.train.config import TrainConfig
 
 # LinearLR refuses a factor of zero, and a first step without learning would be a step lost.
@@ -18,8 +19,10 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> t
     """AdamW over the parameters that are to be trained; weight decay on matrices and embeddings only."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in some if (p.dim() >= 2) == is_matrix], "weight_decay": config.weight_decay * is_matrix}
+        # What is sharded cannot be stepped in one operation with what is not.
+        for some in ([p for p in trained if not is_sharded(p)], [p for p in trained if is_sharded(p)])
+        for is_matrix in (True, False)
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
 

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -75,13 +76,14 @@ class Ranks:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
+def joined(device: torch.device, *, needs_group: bool = False) -> Iterator[Ranks]:
     """Join the processes that `torchrun` started, for as long as the block runs; a process by itself joins nobody.
 
     Args:
         device: as asked for; on a GPU machine a rank takes the GPU of its own number.
+        needs_group: make a process by itself a group of one, for what works in groups only.
     """
-    if not is_launched():
+    if not (is_launched() or needs_group):
         yield Ranks(device=device)
         return
     is_cuda = device.type == "cuda"
@@ -89,7 +91,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         device = torch.device("cuda", local_rank())
     if is_cuda:
         torch.cuda.set_device(device)
-    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT)) if is_launched() else (HashStore(), 0, 1)
     dist.init_process_group(
         "nccl" if is_cuda else "gloo",
         # torchrun keeps one store over restarts, and in it the addresses of processes that are gone.

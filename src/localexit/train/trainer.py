@@ -13,11 +13,13 @@ from torch import Tensor
 
 from localexit.feedback.draws import derive_seed
 from localexit.local import LocalModel, StepInBackward
+from localexit.local.sharding import is_sharded
 from localexit.train.batches import BatchSampler
 from localexit.train.checkpoint import CheckpointError, Snapshot
 from localexit.train.config import TrainConfig
 from localexit.train.devices import autocast
 from localexit.train.optim import make_optimizer, make_scheduler
+from localexit.train.sharded import read_shards
 
 # Of each exit; None for one that sat the step out.
 Losses = tuple[float | None, ...]
@@ -223,16 +225,20 @@ class Trainer:
         return "Try a lower lr, a longer warm-up or fp32"
 
     def _restore(self, snapshot: Snapshot) -> None:
-        state = snapshot.state
-        _load(self.local, snapshot.tensors["model"])
+        state, tensors = snapshot.state, snapshot.tensors
+        if snapshot.shards is not None:
+            own = _without_aliases(self.local.state_dict())
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            tensors = {**tensors, **read_shards(snapshot.shards, own, parameters)}
+        _load(self.local, tensors["model"])
         groups = [{**group, "betas": tuple(group["betas"])} for group in state["optimizer_groups"]]
-        self.optimizer.load_state_dict({"state": _by_index(snapshot.tensors["optimizer"]), "param_groups": groups})
+        self.optimizer.load_state_dict({"state": _by_index(tensors["optimizer"]), "param_groups": groups})
         self.scheduler.load_state_dict(state["scheduler"])
         self.sampler.restore(state["sampler"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         # Runs of the first version stopped instead.
         self.num_skipped = state.get("skipped", 0)
-        self._restore_rng(snapshot.tensors["rng"])
+        self._restore_rng(tensors["rng"])
 
     def _rng_states(self) -> dict[str, Tensor]:
         """The generators of every rank; what is a rank's own has its number behind the name, but for the first's."""
@@ -263,8 +269,9 @@ def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One name for each tensor: tied weights are saved once."""
     seen: dict[tuple[int, int], str] = {}
     for name, tensor in tensors.items():
-        # An empty tensor has no storage to tell it by.
-        seen.setdefault((tensor.data_ptr() or -len(seen) - 1, tensor.numel()), name)
+        # An empty tensor has no storage to tell it by, and a sharded one shares its with no other.
+        address = 0 if is_sharded(tensor) else tensor.data_ptr()
+        seen.setdefault((address or -len(seen) - 1, tensor.numel()), name)
     return {name: tensors[name] for name in seen.values()}
 
 
