@@ -37,7 +37,7 @@ from localexit.exits.functional import ExitStats
 from localexit.exits.head_operators import exit_logits, exit_logits_backward
 from localexit.exits.operators import exit_loss, scale_gradients, tiled_gradients
 from localexit.feedback import WeightMirror
-from localexit.feedback.draws import choose_rows, token_uniforms
+from localexit.feedback.draws import choose_rows, stratified_uniforms
 
 
 def random_upstream(num_tokens: int = NUM_TOKENS) -> Tensor:
@@ -553,7 +553,7 @@ def loss_arguments(name: str, **changes: Any) -> tuple[Any, ...]:
         "target": case.target,
         "row_weight": torch.full((NUM_TOKENS,), 0.1),
         "state": rule.state(weight),
-        "uniforms": token_uniforms(*draws, torch.arange(NUM_TOKENS), rule.num_draws) if rule.num_draws else None,
+        "uniforms": stratified_uniforms(*draws, torch.arange(NUM_TOKENS), rule.num_draws) if rule.num_draws else None,
         "anchor_rows": choose_rows(*draws, is_counted, rule.num_anchors) if rule.num_anchors else None,
         "anchor_hidden": None,
         "anchor_is_counted": None,

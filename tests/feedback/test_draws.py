@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from localexit.feedback.draws import choose_rows, token_uniforms
+from localexit.feedback import draws
+from localexit.feedback.draws import choose_rows, stratified_uniforms, token_uniforms
 
 ROWS = torch.arange(2000)
 
@@ -80,6 +81,22 @@ def test_a_draw_belongs_to_the_token_and_not_to_its_chunk() -> None:
     whole = uniforms(num=5)
     assert torch.equal(uniforms(rows=ROWS[700:800], num=5), whole[700:800])
     assert torch.equal(uniforms(num=3), whole[:, :3])
+
+
+@pytest.mark.parametrize("num", [1, 7, 16])
+def test_stratified_numbers_cover_every_part_uniformly(num: int) -> None:
+    points = stratified_uniforms(0, step(0), 0, ROWS, num).double()
+    parts = points * num - torch.arange(num)
+    assert 0 <= float(parts.min()) < float(parts.max()) < 1
+    assert kolmogorov_smirnov(points) < 1.95
+    assert all(kolmogorov_smirnov(column) < 2.5 for column in parts.T)
+
+
+def test_the_largest_stratified_number_is_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = torch.full((1, 16), 1 - 2**-24)
+    monkeypatch.setattr(draws, "token_uniforms", lambda *_: largest)
+    points = stratified_uniforms(0, step(0), 0, ROWS[:1], 16)
+    assert 0.999 < float(points.max()) < 1
 
 
 def chosen(at: int = 0, *, counted: Tensor | None = None, num: int = 4, exit_index: int = 0) -> Tensor:

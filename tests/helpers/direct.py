@@ -8,7 +8,7 @@ from torch import Tensor
 from helpers.cases import Inputs
 from localexit.exits.chunked import measure
 from localexit.feedback import Error, Feedback, Tokens
-from localexit.feedback.draws import choose_rows, token_uniforms
+from localexit.feedback.draws import choose_rows, stratified_uniforms
 from localexit.feedback.registry import from_spec
 
 
@@ -23,7 +23,7 @@ def apply(
     if rule.num_anchors:
         rows = choose_rows(*draws, is_counted, rule.num_anchors)
         anchors = measure(inputs.hidden[rows], inputs.weight, is_counted[rows])
-    uniforms = token_uniforms(*draws, torch.arange(len(values)), rule.num_draws) if rule.num_draws else None
+    uniforms = stratified_uniforms(*draws, torch.arange(len(values)), rule.num_draws) if rule.num_draws else None
     tokens = Tokens(
         hidden=inputs.hidden,
         target=inputs.target,

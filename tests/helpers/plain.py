@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helpers.cases import IGNORED, Inputs, Outcome
 from localexit.feedback import Feedback
-from localexit.feedback.draws import choose_rows, token_uniforms
+from localexit.feedback.draws import choose_rows, stratified_uniforms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def plain_exit(
         gold=torch.where(counted, inputs.target, 0),
         weight=inputs.weight,
         anchors=choose_rows(*draws, counted, rule.num_anchors),
-        uniforms=token_uniforms(*draws, torch.arange(len(hidden)), rule.num_draws),
+        uniforms=stratified_uniforms(*draws, torch.arange(len(hidden)), rule.num_draws),
     )
     feedback = torch.where(counted[:, None], _RULES[rule.name](rule, seen), 0)
     bias_grad = None if bias is None else bias.grad

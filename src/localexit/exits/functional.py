@@ -16,7 +16,7 @@ from localexit.exits.operators import exit_loss
 from localexit.exits.ranks import DataParallel, choose_among_ranks
 from localexit.exits.tiled import add_tiled_grads
 from localexit.feedback.base import Feedback, accumulate_dtype
-from localexit.feedback.draws import choice_keys, choose_rows, token_uniforms
+from localexit.feedback.draws import choice_keys, choose_rows, stratified_uniforms
 from localexit.feedback.registry import from_spec
 from localexit.feedback.rows import WeightMirror
 
@@ -423,7 +423,7 @@ def _build_call(
         row_weight=row_weight,
         compute_dtype=compute_dtype,
         rule=feedback,
-        uniforms=token_uniforms(*draws, rows, feedback.num_draws) if feedback.num_draws else None,
+        uniforms=stratified_uniforms(*draws, rows, feedback.num_draws) if feedback.num_draws else None,
         options=options,
         chunk_bytes=chunk_bytes,
         need_hidden=need_hidden,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from localexit.feedback.base import Feedback
-from localexit.feedback.draws import choose_rows, token_uniforms
+from localexit.feedback.draws import choose_rows, stratified_uniforms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def reference_exit(
         target=gold,
         weight=w,
         anchors=choose_rows(*chooser, counted, feedback.num_anchors) if feedback.num_anchors else None,
-        uniforms=token_uniforms(*chooser, all_rows, feedback.num_draws) if feedback.num_draws else None,
+        uniforms=stratified_uniforms(*chooser, all_rows, feedback.num_draws) if feedback.num_draws else None,
     )
     return Reference(
         loss=loss.detach(),

@@ -82,6 +82,18 @@ def token_uniforms(seed: int, step: Tensor, exit_index: int, rows: Tensor, num: 
     return _to_unit(_mix(keys[:, None] ^ lanes[None, :]))
 
 
+def stratified_uniforms(seed: int, step: Tensor, exit_index: int, rows: Tensor, num: int) -> Tensor:
+    """Uniform numbers in [0, 1) for each token, number j of them in the j-th of `num` equal parts of [0, 1).
+
+    Means over a token's numbers are unbiased as with independent ones, and never have more variance: what differs
+    between the parts is covered instead of drawn. Arguments and result are those of `token_uniforms`.
+    """
+    parts = torch.arange(num, device=rows.device)
+    points = (parts + token_uniforms(seed, step, exit_index, rows, num)) / num
+    # In fp32 the last part's largest numbers would round to 1.
+    return points.clamp_max(1 - 2.0**-24)
+
+
 def choice_keys(
     seed: int, step: Tensor, exit_index: int, is_counted: Tensor, first_row: int = 0, stream: int = _ROW_STREAM
 ) -> Tensor:
