@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from localexit.feedback import draws
-from localexit.feedback.draws import choose_rows, stratified_uniforms, token_uniforms
+from localexit.feedback.draws import UNCOUNTED, choose_rows, choice_keys, stratified_uniforms, token_uniforms
 
 ROWS = torch.arange(2000)
 
@@ -143,6 +143,14 @@ def test_with_too_few_rows_that_count_all_of_them_are_chosen() -> None:
 def test_no_more_rows_than_there_are(size: int) -> None:
     rows = chosen(counted=torch.ones(size, dtype=torch.bool), num=7)
     assert rows.tolist() == list(range(size))
+
+
+def test_keys_belong_to_the_token_and_not_to_its_micro_batch() -> None:
+    counted = torch.arange(1000) % 3 != 0
+    keys = choice_keys(3, step(0), 0, counted)
+    assert len(keys.unique()) == 1000
+    assert torch.equal(keys < UNCOUNTED, counted)
+    assert torch.equal(choice_keys(3, step(0), 0, counted[300:500], first_row=300), keys[300:500])
 
 
 def test_choices_differ_between_steps_and_exits() -> None:

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from helpers.budget import assert_close
 from helpers.cases import Inputs, make_inputs, run
 from localexit import ExitHead, WeightMirror, WeightTransport, exit_cross_entropy, exit_step
-from localexit.feedback.draws import choose_rows
+from localexit.feedback.draws import UNCOUNTED, choose_rows
+from localexit.feedback.rows import Pairs
 
 WIDTH, VOCAB = 9, 40
 
@@ -23,7 +24,7 @@ def mirror(**options: object) -> WeightMirror:
     return WeightMirror(WIDTH, VOCAB, **{"num_pairs": 4, "seed": 3, **options}).double()  # type: ignore[arg-type]
 
 
-def forward(inputs: Inputs, rule: WeightMirror, exit_index: int = 0) -> Tensor:
+def forward(inputs: Inputs, rule: WeightMirror, exit_index: int = 0, first_row: int = 0) -> Tensor:
     loss = exit_cross_entropy(
         inputs.hidden.requires_grad_(),
         inputs.weight,
@@ -31,6 +32,7 @@ def forward(inputs: Inputs, rule: WeightMirror, exit_index: int = 0) -> Tensor:
         feedback=rule,
         linear_bias=inputs.bias,
         exit_index=exit_index,
+        first_row=first_row,
     )
     assert isinstance(loss, Tensor)
     return loss
@@ -107,6 +109,67 @@ def test_learns_in_update_alone_and_from_each_pair_once() -> None:
     assert learned.any()
     rule.update()
     assert torch.equal(rule.rows, learned)
+
+
+@pytest.mark.parametrize("num_pairs", [3, 8, 20], ids=["fewer_than_a_part", "as_a_part", "more_than_count"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1)])
+def test_micro_batches_give_the_pairs_of_one_batch(num_pairs: int, order: tuple[int, ...]) -> None:
+    inputs = make_inputs(32, WIDTH, VOCAB, ignored=15)
+    whole, parts = mirror(num_pairs=num_pairs), mirror(num_pairs=num_pairs)
+    forward(inputs, whole)
+    for part in order:
+        rows = slice(8 * part, 8 * part + 8)
+        forward(replace(inputs, hidden=inputs.hidden[rows].detach(), target=inputs.target[rows]), parts, 0, 8 * part)
+    for rule in (whole, parts):
+        assert int(rule._pairs[0].is_counted.sum()) == min(num_pairs, 17)
+        rule.update()
+    assert_close(parts.rows, whole.rows, tolerance=1e-12)
+
+
+def test_merging_keeps_the_smallest_keys_once_and_the_later_measurement() -> None:
+    def pairs(keys: list[int], value: float) -> Pairs:
+        count = len(keys)
+        return Pairs(
+            hidden=torch.full((count, 2), value), logits=torch.full((count, 3), value), keys=torch.tensor(keys)
+        )
+
+    earlier, later = pairs([2, 5, 7], 1.0), pairs([1, 5, UNCOUNTED + 4], 2.0)
+    merged = later.merged(earlier, 3)
+    assert merged.keys.tolist() == [1, 2, 5]
+    assert merged.hidden[:, 0].tolist() == merged.logits[:, 0].tolist() == [2.0, 1.0, 2.0]
+    everything = later.merged(earlier, 9)
+    assert everything.is_counted.tolist() == [True] * 4 + [False] * 2
+    assert everything.hidden[:, 0].tolist() == everything.logits[:, 0].tolist() == [2.0, 1.0, 2.0, 1.0, 0.0, 0.0]
+
+
+def test_learns_in_the_first_of_every_so_many_steps() -> None:
+    inputs, rule, eager = make_inputs(7, WIDTH, VOCAB), mirror(update_every=3), mirror()
+    learned, expected = [], []
+    for step in range(7):
+        for each in (rule, eager):
+            before = each.rows.clone()
+            if each is rule or step % 3 == 0:
+                forward(inputs, each)
+            assert bool(each._pairs) == (step % 3 == 0)
+            each.update()
+            (learned if each is rule else expected).append(not torch.equal(each.rows, before))
+    assert learned == expected == [True, False, False, True, False, False, True]
+    assert torch.equal(rule.rows, eager.rows)
+
+
+def test_a_loaded_mirror_learns_when_the_saved_one_would_have() -> None:
+    inputs, rule = make_inputs(7, WIDTH, VOCAB), mirror(update_every=3)
+    for _ in range(4):
+        forward(inputs, rule)
+        rule.update()
+    loaded = mirror(update_every=3)
+    loaded.load_state_dict(rule.state_dict())
+    for _ in range(4):
+        for each in (rule, loaded):
+            forward(inputs, each)
+            each.update()
+        assert torch.equal(loaded.rows, rule.rows)
+    assert not torch.equal(loaded.rows, mirror().rows)
 
 
 def in_eval(inputs: Inputs, rule: WeightMirror) -> None:

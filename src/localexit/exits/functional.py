@@ -18,7 +18,7 @@ from localexit.exits.tiled import add_tiled_grads
 from localexit.feedback.base import Feedback, accumulate_dtype
 from localexit.feedback.draws import choice_keys, choose_rows, stratified_uniforms
 from localexit.feedback.registry import from_spec
-from localexit.feedback.rows import WeightMirror
+from localexit.feedback.rows import Pairs, WeightMirror
 
 Reduction = Literal["mean", "sum", "none"]
 Preset = Literal["fast", "memory"]
@@ -480,14 +480,15 @@ def _collect_pairs(
     feedback: Feedback, call: ExitCall, exit_index: int, first_row: int, data_parallel: DataParallel | None
 ) -> None:
     """Hand a mirror forward pairs of this exit; it learns from them in its `update()`."""
-    if not isinstance(feedback, WeightMirror):
+    if not isinstance(feedback, WeightMirror) or not feedback.is_learning:
         return
     is_counted = call.target != call.options.ignore_index
     keys = choice_keys(feedback.seed, feedback.step, exit_index, is_counted, first_row)
     chosen = choose_among_ranks(call.hidden, keys, feedback.num_pairs, data_parallel)
     # Measured in the weight's own dtype: autocast would round what the mirror is to learn.
     with torch.autocast(call.hidden.device.type, enabled=False):
-        feedback.collect(exit_index, measure(chosen.hidden.to(call.weight.dtype), call.weight, chosen.is_counted))
+        measured = measure(chosen.hidden.to(call.weight.dtype), call.weight, chosen.is_counted)
+    feedback.collect(exit_index, Pairs(hidden=measured.hidden, logits=measured.logits, keys=chosen.keys))
 
 
 def _exit_step(call: ExitCall, result: ExitResult, input: Tensor, target: Tensor) -> ExitStep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from localexit import _checks
 from localexit.feedback.base import Anchors, Error, Feedback, Tokens
+from localexit.feedback.draws import UNCOUNTED
 from localexit.feedback.ridge import ridge_rows
 
 
@@ -50,6 +52,44 @@ class _Rows(Feedback):
         return error.matmul(rows)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Forward pairs of one exit and optimiser step, what a mirror learns from.
+
+    Attributes:
+        hidden: [P, D]; zero on rows that do not count.
+        logits: [P, V] raw forward logits without the bias; zero on the same rows.
+        keys: int64 [P], ascending, the tokens' keys in the step's random order (`draws.choice_keys`).
+    """
+
+    hidden: Tensor
+    logits: Tensor
+    keys: Tensor
+
+    @property
+    def is_counted(self) -> Tensor:
+        """Bool [P], False where there was no token that counts."""
+        return self.keys < UNCOUNTED
+
+    def merged(self, earlier: Pairs, num: int) -> Pairs:
+        """The `num` pairs of both with the smallest keys: those of all their tokens taken together.
+
+        A token that is in both (its forward was recomputed) counts once, with what was measured here.
+        """
+        keys, order = torch.cat([self.keys, earlier.keys]).sort(stable=True)
+        is_again = torch.zeros_like(keys, dtype=torch.bool)
+        is_again[1:] = keys[1:] == keys[:-1]
+        keys, first = torch.where(is_again, torch.iinfo(keys.dtype).max, keys).topk(min(num, len(keys)), largest=False)
+        rows, is_counted = order[first], keys < UNCOUNTED
+
+        def chosen(ours: Tensor, others: Tensor) -> Tensor:
+            return torch.where(is_counted[:, None], torch.cat([ours, others])[rows], 0)
+
+        return Pairs(
+            hidden=chosen(self.hidden, earlier.hidden), logits=chosen(self.logits, earlier.logits), keys=keys
+        )
+
+
 class WeightMirror(_Rows):
     """f = e B with B [V, D] learned from forward pairs (h, z - b) only; eq. (11), sampled: eq. (12).
 
@@ -62,6 +102,7 @@ class WeightMirror(_Rows):
         vocab_size: V, number of tokens.
         sampled: gather few rows of B instead of multiplying with all of them.
         num_pairs: tokens an exit contributes to a step's update.
+        update_every: learn in the first of every this many steps.
         ridge: λ of the update relative to the mean diagonal of H_M H_Mᵀ.
         topk: kept exactly besides gold (sampled only).
         num_draws: tail tokens drawn (sampled only).
@@ -80,6 +121,7 @@ class WeightMirror(_Rows):
         *,
         sampled: bool = False,
         num_pairs: int = 128,
+        update_every: int = 1,
         ridge: float = 1e-2,
         topk: int = 16,
         num_draws: int = 16,
@@ -91,12 +133,27 @@ class WeightMirror(_Rows):
         self.num_pairs = _checks.count("num_pairs", num_pairs, minimum=1)
         self.ridge = _checks.non_negative("ridge", ridge)
         self.register_buffer("rows", torch.zeros(vocab_size, hidden_size))
-        # Keyed by exit: a recomputation (gradient checkpointing) collects the same pairs again and changes nothing.
-        self._pairs: dict[int, Anchors] = {}
+        self.update_every = _checks.count("update_every", update_every, minimum=1)
+        # Whether the next update() learns. The count is `step` on the host: to read that one would wait for a GPU, and a
+        # compiled forward may depend on a bool, but not on a number that is new in every step.
+        self._num_steps, self.is_learning = 0, True
+        self._pairs: dict[int, Pairs] = {}
 
-    def collect(self, exit_index: int, pairs: Anchors) -> None:
-        """Keep one exit's forward pairs for the next `update()`; a second call for the same exit replaces the first."""
-        self._pairs[exit_index] = pairs
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the seed of a state_dict, and the step that was loaded before it."""
+        super().set_extra_state(state)
+        self._set_num_steps(int(self.step))
+
+    def _set_num_steps(self, num_steps: int) -> None:
+        self._num_steps, self.is_learning = num_steps, num_steps % self.update_every == 0
+
+    def collect(self, exit_index: int, pairs: Pairs) -> None:
+        """Keep an exit's forward pairs for the next `update()`: of several micro-batches those with the smallest keys.
+
+        A token that was collected before (gradient checkpointing, a repeated forward) replaces itself.
+        """
+        earlier = self._pairs.get(exit_index)
+        self._pairs[exit_index] = pairs if earlier is None else pairs.merged(earlier, self.num_pairs)
 
     def discard(self) -> None:
         """Forget the pairs collected since the last `update()`."""
@@ -106,6 +163,7 @@ class WeightMirror(_Rows):
     def update(self) -> None:
         """One block Kaczmarz step, `B += (Z_M - H_M Bᵀ)ᵀ (H_M H_Mᵀ + λI)⁻¹ H_M`, on the pairs collected; eq. (11)."""
         super().update()
+        self._set_num_steps(self._num_steps + 1)
         if not self._pairs:
             return
         # Solved in at least fp32, whatever dtype the pairs and the mirror are stored in.
@@ -114,7 +172,7 @@ class WeightMirror(_Rows):
         hidden = torch.cat([p.hidden for p in pairs]).to(dtype)
         logits = torch.cat([p.logits for p in pairs]).to(dtype)
         residual = torch.addmm(logits, hidden, self.rows.to(dtype).T, alpha=-1)
-        back = ridge_rows(hidden, torch.stack([p.count for p in pairs]).sum(), self.ridge)
+        back = ridge_rows(hidden, torch.cat([p.is_counted for p in pairs]).sum(), self.ridge)
         if self.rows.dtype == dtype:
             # In place: no second [V, D] matrix.
             self.rows.addmm_(residual.T, back)

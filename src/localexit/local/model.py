@@ -401,7 +401,7 @@ class LocalModel(nn.Module):
     def update(self) -> None:
         """Call once per optimiser step, after its forwards: the feedback's own learning and its draws' counter.
 
-        Of several micro-batches of a step the mirror learns from the last one's pairs.
+        Micro-batches of a step count as one batch: the mirror learns from the pairs that it would have chosen there.
         """
         self._num_forwards = self.rows_since_update = 0
         self.feedback.update()
