@@ -18,8 +18,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "parallel_gold": ("residual_rank", "residual_gain"),
     "parallel_topmass": ("residual_rank", "residual_gain", "mass_threshold", "nucleus_cap"),
     "anchors": ("num_anchors", "ridge"),
-    "mirror": ("num_pairs", "ridge"),
-    "mirror_sampled": ("num_pairs", "ridge", "topk", "num_draws"),
+    "mirror": ("num_pairs", "update_every", "ridge", "storage"),
+    "mirror_sampled": ("num_pairs", "update_every", "ridge", "storage", "topk", "num_draws"),
     "transport": (),
     "transport_sampled": ("topk", "num_draws"),
 }

@@ -27,7 +27,7 @@ from exits.canaries import (
     make_head,
     relative_error,
 )
-from localexit import Dense, ExitHead, exit_cross_entropy
+from localexit import Dense, ExitHead, WeightMirror, exit_cross_entropy
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
@@ -232,7 +232,8 @@ class TestFewCompilations:
         """The mirror's second micro-batch of a step finds pairs already there: one more compilation, not one a step."""
         case = make_case("mirror")
         counter = CompileCounterWithBackend("aot_eager")
-        head = ExitHead(WIDTH, VOCAB, feedback=case.rule, weight=torch.nn.Parameter(case.weight))
+        rule = WeightMirror(WIDTH, VOCAB, num_pairs=8)
+        head = ExitHead(WIDTH, VOCAB, feedback=rule, weight=torch.nn.Parameter(case.weight))
         run = torch.compile(head, fullgraph=True, backend=counter)
         for _ in range(3):
             for _ in range(3):

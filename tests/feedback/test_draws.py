@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from localexit.feedback import draws
-from localexit.feedback.draws import UNCOUNTED, choose_rows, choice_keys, stratified_uniforms, token_uniforms
+from localexit.feedback.draws import UNCOUNTED, choice_keys, choose_rows, stratified_uniforms, token_uniforms
 
 ROWS = torch.arange(2000)
 

@@ -271,6 +271,40 @@ def test_follows_a_weight_that_moves() -> None:
     assert float((rule.rows - weight).norm() / weight.norm()) < 0.05
 
 
+def test_bf16_storage_keeps_corrections_smaller_than_its_steps() -> None:
+    """Rounded to nearest, a mirror at 1 would not follow a weight to 1.003: half a step of bf16 is 0.0039."""
+    rule = WeightMirror(1, 4000, num_pairs=1, storage="bf16")
+    rule.rows.fill_(1.0)
+    inputs = Inputs(hidden=torch.ones(1, 1), weight=torch.full((4000, 1), 1.003), target=torch.tensor([0]))
+    forward(inputs, rule)
+    rule.update()
+    assert rule.rows.dtype == torch.bfloat16
+    assert set(rule.rows.flatten().tolist()) == {1.0, 1.0078125}
+    assert float(rule.rows.float().mean()) == pytest.approx(1.003, abs=3e-4)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_bf16_storage_is_as_good_as_its_precision(sampled: bool) -> None:
+    weight = make_inputs(1, WIDTH, VOCAB).to(torch.float32).weight
+    rule = WeightMirror(WIDTH, VOCAB, num_pairs=20, storage="bf16", sampled=sampled)
+    for seed in range(10):
+        forward(replace(make_inputs(20, WIDTH, VOCAB, seed=seed).to(torch.float32), weight=weight), rule)
+        rule.update()
+    assert rule.rows.dtype == torch.bfloat16
+    assert float((rule.rows.float() - weight).norm() / weight.norm()) < 2**-8
+    assert run(make_inputs(7, WIDTH, VOCAB).to(torch.float32), rule).feedback.any()
+
+
+def test_an_update_by_parts_is_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, whole, parts = make_inputs(7, WIDTH, VOCAB), mirror(), mirror()
+    for rule in (whole, parts):
+        forward(inputs, rule)
+    whole.update()
+    monkeypatch.setattr("localexit.feedback.rows._UPDATE_BYTES", 7 * WIDTH * 8)
+    parts.update()
+    assert_close(parts.rows, whole.rows, tolerance=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_pairs_in_low_precision_are_solved_in_fp32(dtype: torch.dtype) -> None:
     inputs = make_inputs(20, WIDTH, VOCAB).to(dtype)

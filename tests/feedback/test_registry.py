@@ -63,9 +63,9 @@ def test_every_option_has_an_effect(name: str) -> None:
         assert shapes[0] != shapes[1] or getattr(default, option) != getattr(other, option), option
 
 
-def changed(option: str) -> float:
-    fractions = {"gain": 0.5, "residual_gain": 0.5, "mass_threshold": 0.5, "ridge": 0.5}
-    return fractions.get(option, 7)
+def changed(option: str) -> float | str:
+    others = {"gain": 0.5, "residual_gain": 0.5, "mass_threshold": 0.5, "ridge": 0.5, "storage": "bf16"}
+    return others.get(option, 7)
 
 
 @pytest.mark.parametrize("name", RULES)

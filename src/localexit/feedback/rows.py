@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +13,12 @@ from localexit import _checks
 from localexit.feedback.base import Anchors, Error, Feedback, Tokens
 from localexit.feedback.draws import UNCOUNTED
 from localexit.feedback.ridge import ridge_rows
+from localexit.feedback.rounding import round_stochastically, rounding_generator
+
+Storage = Literal["fp32", "bf16"]
+_DTYPES: dict[Storage, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Bytes of the mirror, in the dtype it is solved in, that an update works on at a time.
+_UPDATE_BYTES = 256 * 2**20
 
 
 def sampled_rows(error: Error, tokens: Tokens, rows: Tensor, *, topk: int) -> Tensor:
@@ -85,9 +92,7 @@ class Pairs:
         def chosen(ours: Tensor, others: Tensor) -> Tensor:
             return torch.where(is_counted[:, None], torch.cat([ours, others])[rows], 0)
 
-        return Pairs(
-            hidden=chosen(self.hidden, earlier.hidden), logits=chosen(self.logits, earlier.logits), keys=keys
-        )
+        return Pairs(hidden=chosen(self.hidden, earlier.hidden), logits=chosen(self.logits, earlier.logits), keys=keys)
 
 
 class WeightMirror(_Rows):
@@ -104,6 +109,8 @@ class WeightMirror(_Rows):
         num_pairs: tokens an exit contributes to a step's update.
         update_every: learn in the first of every this many steps.
         ridge: λ of the update relative to the mean diagonal of H_M H_Mᵀ.
+        storage: "fp32", or "bf16" for half the state; what is learned is rounded stochastically, so that corrections
+            smaller than a step of bf16 are not lost.
         topk: kept exactly besides gold (sampled only).
         num_draws: tail tokens drawn (sampled only).
         seed: seed of the choice of pairs and of the draws; None draws one from torch's default generator.
@@ -123,6 +130,7 @@ class WeightMirror(_Rows):
         num_pairs: int = 128,
         update_every: int = 1,
         ridge: float = 1e-2,
+        storage: Storage = "fp32",
         topk: int = 16,
         num_draws: int = 16,
         seed: int | None = 0,
@@ -132,9 +140,11 @@ class WeightMirror(_Rows):
         self.name = "mirror_sampled" if sampled else "mirror"
         self.num_pairs = _checks.count("num_pairs", num_pairs, minimum=1)
         self.ridge = _checks.non_negative("ridge", ridge)
-        self.register_buffer("rows", torch.zeros(vocab_size, hidden_size))
+        _checks.choice("storage", storage, get_args(Storage))
+        self.storage = storage
+        self.register_buffer("rows", torch.zeros(vocab_size, hidden_size, dtype=_DTYPES[storage]))
         self.update_every = _checks.count("update_every", update_every, minimum=1)
-        # Whether the next update() learns. The count is `step` on the host: to read that one would wait for a GPU, and a
+        # Whether the next update() learns. The count is `step` on the host: to read that one would wait for a GPU. A
         # compiled forward may depend on a bool, but not on a number that is new in every step.
         self._num_steps, self.is_learning = 0, True
         self._pairs: dict[int, Pairs] = {}
@@ -166,19 +176,25 @@ class WeightMirror(_Rows):
         self._set_num_steps(self._num_steps + 1)
         if not self._pairs:
             return
+        self._learn([self._pairs[index] for index in sorted(self._pairs)])
+        self._pairs.clear()
+
+    def _learn(self, pairs: Sequence[Pairs]) -> None:
         # Solved in at least fp32, whatever dtype the pairs and the mirror are stored in.
         dtype = torch.promote_types(self.rows.dtype, torch.float32)
-        pairs = [self._pairs[index] for index in sorted(self._pairs)]
-        hidden = torch.cat([p.hidden for p in pairs]).to(dtype)
-        logits = torch.cat([p.logits for p in pairs]).to(dtype)
-        residual = torch.addmm(logits, hidden, self.rows.to(dtype).T, alpha=-1)
+        hidden, logits = (
+            torch.cat(parts).to(dtype) for parts in zip(*((p.hidden, p.logits) for p in pairs), strict=True)
+        )
         back = ridge_rows(hidden, torch.cat([p.is_counted for p in pairs]).sum(), self.ridge)
-        if self.rows.dtype == dtype:
-            # In place: no second [V, D] matrix.
-            self.rows.addmm_(residual.T, back)
-        else:
-            self.rows += (residual.T @ back).to(self.rows.dtype)
-        self._pairs.clear()
+        generator = rounding_generator(self.seed, self._num_steps, self.rows.device)
+        # Row by row the update is independent: each part of B is read and written once, and nothing else is as large.
+        size = max(1, _UPDATE_BYTES // (hidden.shape[1] * dtype.itemsize))
+        for rows, measured in zip(self.rows.split(size), logits.split(size, dim=1), strict=True):
+            exact = rows.to(dtype)
+            residual = torch.addmm(measured, hidden, exact.T, alpha=-1)
+            exact.addmm_(residual.T, back)
+            if exact is not rows:
+                rows.copy_(round_stochastically(exact, rows.dtype, generator))
 
 
 class WeightTransport(_Rows):
