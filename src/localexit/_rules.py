@@ -18,6 +18,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "parallel_gold": ("residual_rank", "residual_gain"),
     "parallel_topmass": ("residual_rank", "residual_gain", "mass_threshold", "nucleus_cap"),
     "anchors": ("num_anchors", "ridge"),
+    "anchors_sampled": ("num_anchors", "ridge", "topk", "num_draws"),
     "mirror": ("num_pairs", "update_every", "ridge", "storage"),
     "mirror_sampled": ("num_pairs", "update_every", "ridge", "storage", "topk", "num_draws"),
     "transport": (),

@@ -15,7 +15,7 @@ from localexit.feedback import Feedback, feedback_names, make_feedback
 
 RULES = feedback_names()
 # Rules that keep state between steps, draw, or choose anchors: what compilation and recomputation could disturb.
-STATEFUL_RULES = ("anchors", "mirror", "mirror_sampled", "transport_sampled")
+STATEFUL_RULES = ("anchors", "anchors_sampled", "mirror", "mirror_sampled", "transport_sampled")
 # Every fp32 result is off by a few roundings of sums over tens of terms; the true gradient is off by 10 % or more.
 CLOSE, FAR = 2e-6, 0.05
 NUM_TOKENS, WIDTH, VOCAB = 24, 16, 96
@@ -45,7 +45,7 @@ class Case:
 
 def make_rule(name: str, *, seed: int = 3) -> Feedback:
     """A rule by name; a mirror gets rows as if it had learned something: its zeros would feed nothing back."""
-    options = {"num_anchors": 8} if name == "anchors" else {}
+    options = {"num_anchors": 8} if "anchors" in name else {}
     rule = make_feedback(name, WIDTH, VOCAB, seed=seed, **options)
     if "mirror" in name:
         rule.rows.normal_(generator=torch.Generator().manual_seed(seed))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from helpers.budget import assert_close
 from helpers.cases import make_inputs, run, small_rule
 from helpers.direct import apply, signed_error
+from localexit import make_feedback
 from localexit.feedback.draws import choose_rows
 from localexit.feedback.ridge import ridge_rows
 
@@ -17,17 +20,30 @@ def chosen(num: int, rows: int, seed: int = 3) -> Tensor:
     return choose_rows(seed, torch.tensor(0), 0, torch.ones(rows, dtype=torch.bool), num)
 
 
-@pytest.mark.parametrize("num_anchors", [1, 4, 9, 20], ids=["one", "fewer_than_D", "as_many_as_D", "more_than_D"])
+@pytest.mark.parametrize("num_anchors", [2, 4, 9, 20], ids=["two", "fewer_than_D", "as_many_as_D", "more_than_D"])
 @pytest.mark.parametrize("ridge", [1e-3, 0.5])
 def test_ridge_formula(num_anchors: int, ridge: float) -> None:
     inputs = make_inputs(25, 9, 40)
     values = signed_error(inputs)
     h_m = inputs.hidden[chosen(num_anchors, 25)]
-    gram = h_m @ h_m.T
-    shifted = gram + ridge * gram.diagonal().mean() * torch.eye(num_anchors, dtype=torch.float64)
-    expected = values @ (h_m @ inputs.weight.T).T @ torch.linalg.inv(shifted) @ h_m
+    unit = h_m.mean(0) / h_m.mean(0).norm()
+    rest = h_m - torch.outer(h_m @ unit, unit)
+    rows = torch.cat([rest, rest.norm() * unit[None]])
+    gram = rows.T @ rows
+    shifted = gram + ridge * gram.trace() / num_anchors * torch.eye(9, dtype=torch.float64)
+    expected = values @ inputs.weight @ gram @ torch.linalg.inv(shifted)
     rule = small_rule("anchors", 9, 40, num_anchors=num_anchors, ridge=ridge)
     assert_close(apply(rule, values, inputs), expected, tolerance=1e-9)
+
+
+@pytest.mark.parametrize("spread", [1e-1, 1e-3, 1e-5])
+def test_what_hidden_states_have_in_common_hides_nothing(spread: float) -> None:
+    """Nearly equal hidden states: the default ridge is small against their differences, not only against themselves."""
+    inputs = make_inputs(40, 9, 40)
+    inputs = replace(inputs, hidden=1 + spread * inputs.hidden)
+    values = signed_error(inputs)
+    feedback = apply(small_rule("anchors", 9, 40, num_anchors=40), values, inputs)
+    assert_close(feedback, values @ inputs.weight, tolerance=0.02)
 
 
 def test_without_ridge_it_is_the_projection_of_the_exact_gradient() -> None:
@@ -53,6 +69,39 @@ def test_as_many_anchors_as_the_width_are_exact(num_anchors: int) -> None:
     values = signed_error(inputs)
     rule = small_rule("anchors", 9, 40, num_anchors=num_anchors, ridge=0.0)
     assert_close(apply(rule, values, inputs), values @ inputs.weight, tolerance=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_differences_the_common_direction_is_left(dtype: torch.dtype) -> None:
+    inputs = make_inputs(1, 9, 40).to(dtype)
+    inputs = replace(inputs, hidden=inputs.hidden.repeat(6, 1), target=inputs.target.repeat(6))
+    values = signed_error(inputs).to(dtype)
+    unit = inputs.hidden[0] / inputs.hidden[0].norm()
+    feedback = apply(small_rule("anchors", 9, 40), values, inputs)
+    assert_close(feedback, torch.outer(values @ inputs.weight @ unit, unit), tolerance=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_a_common_direction_the_differences_are_left(dtype: torch.dtype) -> None:
+    inputs = make_inputs(20, 9, 40).to(dtype)
+    inputs = replace(inputs, hidden=torch.cat([inputs.hidden, -inputs.hidden]), target=inputs.target.repeat(2))
+    values = signed_error(inputs).to(dtype)
+    feedback = apply(small_rule("anchors", 9, 40, num_anchors=40), values, inputs)
+    assert_close(feedback, values @ inputs.weight, tolerance=5e-3)
+
+
+def test_sampled_with_all_tokens_kept_it_is_the_whole_product() -> None:
+    inputs = make_inputs(25, 9, 40)
+    values = signed_error(inputs)
+    sampled = small_rule("anchors_sampled", 9, 40, num_anchors=6, topk=39)
+    whole = small_rule("anchors", 9, 40, num_anchors=6)
+    assert_close(apply(sampled, values, inputs), apply(whole, values, inputs), tolerance=1e-12)
+
+
+@pytest.mark.parametrize(("name", "num_anchors"), [("anchors", 128), ("anchors_sampled", 18)])
+def test_anchors_by_default(name: str, num_anchors: int) -> None:
+    """Sampled they cost little, and are enough to span everything."""
+    assert make_feedback(name, 9, 40).num_anchors == num_anchors
 
 
 def test_error_falls_with_the_ridge() -> None:

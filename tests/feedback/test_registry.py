@@ -24,6 +24,7 @@ def test_names() -> None:
         "parallel_gold",
         "parallel_topmass",
         "anchors",
+        "anchors_sampled",
         "mirror",
         "mirror_sampled",
         "transport",

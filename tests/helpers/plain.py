@@ -125,13 +125,28 @@ def _parallel_topmass(rule: Any, seen: _Seen) -> Tensor:
     return _residual(rule, seen, is_inside | _is_kept(seen, 0))
 
 
-def _anchors(rule: Any, seen: _Seen) -> Tensor:
+def _anchor_logits(rule: Any, seen: _Seen) -> tuple[Tensor, Tensor]:
+    """Z_Mᵀ [V, M], and what takes its columns back to the hidden states [M, D]."""
     h, z = seen.h[seen.anchors], seen.z[seen.anchors]
-    gram = h @ h.T
-    gram = gram + rule.ridge * gram.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
     # PyTorch solves in fp32 and fp64 only.
-    back = torch.linalg.solve(gram.float(), h.float()).to(h.dtype)
-    return seen.e @ z.T @ back
+    h, z = h.float(), z.float()
+    mean, mean_z = h.mean(0) / h.mean(0).norm(), z.mean(0) / h.mean(0).norm()
+    z, h = z - torch.outer(h @ mean, mean_z), h - torch.outer(h @ mean, mean)
+    z, h = torch.cat([z, h.norm() * mean_z[None]]), torch.cat([h, h.norm() * mean[None]])
+    gram = h @ h.T
+    ridge = rule.ridge * gram.trace() / len(seen.anchors)
+    back = torch.linalg.solve(gram + ridge * torch.eye(len(h)), h)
+    return z.T.to(seen.e.dtype), back.to(seen.e.dtype)
+
+
+def _anchors(rule: Any, seen: _Seen) -> Tensor:
+    logits, back = _anchor_logits(rule, seen)
+    return seen.e @ logits @ back
+
+
+def _anchors_sampled(rule: Any, seen: _Seen) -> Tensor:
+    logits, back = _anchor_logits(rule, seen)
+    return _sampled(rule, seen, logits) @ back
 
 
 def _sampled(rule: Any, seen: _Seen, rows: Tensor) -> Tensor:
@@ -152,6 +167,7 @@ _RULES: dict[str, Callable[[Any, _Seen], Tensor]] = {
     "parallel_gold": _parallel_gold,
     "parallel_topmass": _parallel_topmass,
     "anchors": _anchors,
+    "anchors_sampled": _anchors_sampled,
     "mirror": lambda rule, seen: seen.e @ rule.rows.to(seen.e.dtype),
     "mirror_sampled": lambda rule, seen: _sampled(rule, seen, rule.rows.to(seen.e.dtype)),
     "transport": lambda _, seen: seen.e @ seen.weight,

@@ -342,7 +342,7 @@ class _Loop:
         if rows is None:
             return self.call.rule.prepare(None, self.value_dtype)
         hidden, is_counted = self._clean_hidden(rows), self.is_counted[rows]
-        if len(self.chunks) > 1:
+        if len(self.chunks) > 1 or logits.dtype != self.sum_dtype:
             return self.call.rule.prepare(measure(hidden, self.weight, is_counted), self.value_dtype)
         measured = logits[rows]
         if self.bias is not None and self.stages.has_bias:
@@ -429,5 +429,9 @@ class _Loop:
 
 
 def measure(hidden: Tensor, weight: Tensor, is_counted: Tensor) -> Anchors:
-    """Forward pairs of some tokens: hidden [M, D] (zero where not counted) and raw logits [M, V] without the bias."""
-    return Anchors(hidden=hidden, logits=torch.mm(hidden, weight.T), count=is_counted.sum())
+    """Forward pairs of some tokens: hidden [M, D] (zero where not counted) and raw logits [M, V] without the bias.
+
+    The logits are in the accumulation dtype: differences of them are smaller than the rounding of bf16.
+    """
+    logits = product(hidden, weight.T, accumulate_dtype(hidden.dtype))
+    return Anchors(hidden=hidden, logits=logits, count=is_counted.sum())

@@ -188,15 +188,21 @@ def _parallel_topmass(rule: Any, case: _Case) -> Tensor:
     return _with_residual(rule, case, chosen)
 
 
-def _anchors(rule: Any, case: _Case) -> Tensor:
+def _anchor_rows(rule: Any, case: _Case) -> Tensor:
+    """What eq. (10) has in place of W: Z_Mᵀ (H_M H_Mᵀ + λI)⁻¹ H_M, [V, D]."""
     assert case.anchors is not None
     anchors = case.anchors[case.h[case.anchors].any(1)]
     if len(anchors) == 0:
-        return torch.zeros_like(case.h)
-    h_m, z_m = case.h[anchors], case.z[anchors]
+        return torch.zeros_like(case.weight)
+    h, z = case.h[anchors], case.z[anchors]
+    shortest = 1e-8 * h.norm()
+    unit, unit_z = h.mean(0) / h.mean(0).norm(), z.mean(0) / h.mean(0).norm()
+    z, h = z - torch.outer(h @ unit, unit_z), h - torch.outer(h @ unit, unit)
+    rest = max(h.norm(), shortest)
+    h_m, z_m = torch.cat([h, rest * unit[None]]), torch.cat([z, rest * unit_z[None]])
     gram = h_m @ h_m.T
-    ridge = rule.ridge * gram.diagonal().mean()
-    return case.e @ z_m.T @ torch.linalg.solve(gram + ridge * torch.eye(len(anchors), dtype=torch.float64), h_m)
+    ridge = rule.ridge * gram.trace() / len(anchors)
+    return z_m.T @ torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=torch.float64), h_m)
 
 
 def _sampled(rule: Any, case: _Case, rows: Tensor) -> Tensor:
@@ -223,7 +229,8 @@ _EQUATIONS: dict[str, Callable[[Any, _Case], Tensor]] = {
     "parallel": _parallel,
     "parallel_gold": _parallel_gold,
     "parallel_topmass": _parallel_topmass,
-    "anchors": _anchors,
+    "anchors": lambda rule, case: case.e @ _anchor_rows(rule, case),
+    "anchors_sampled": lambda rule, case: _sampled(rule, case, _anchor_rows(rule, case)),
     "mirror": lambda rule, case: case.e @ rule.rows.double(),
     "mirror_sampled": lambda rule, case: _sampled(rule, case, rule.rows.double()),
     "transport": lambda rule, case: case.e @ case.weight,

@@ -1,4 +1,4 @@
-"""Logit anchors: the exact gradient projected on the span of a few of the batch's own hidden states, eq. (10)."""
+"""Logit anchors: the exact gradient projected on the span of some of the batch's own hidden states, eq. (10)."""
 
 from __future__ import annotations
 
@@ -8,28 +8,68 @@ import torch
 from torch import Tensor
 
 from localexit import _checks
-from localexit.feedback.base import Anchors, Error, Feedback, Tokens, accumulate_dtype
+from localexit.feedback.base import Anchors, Error, Tokens, accumulate_dtype
 from localexit.feedback.ridge import ridge_rows
+from localexit.feedback.sampling import SAMPLING_OPTIONS, Sampling
 
 
-class LogitAnchors(Feedback):
-    """f = (e Z_Mᵀ)(H_M H_Mᵀ + λI)⁻¹ H_M; eq. (10). No codes, no state.
+def apart_from_mean(hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Other measurements of the same span: M - 1 differences orthogonal to the mean, and the mean.
+
+    Hidden states have much in common: early in training all but a thousandth of their squared length. A ridge that is
+    small against the length is large against the differences, and a product in bf16 rounds them away.
+
+    Args:
+        hidden: [M, D]; rows that do not count are zero.
+        logits: [M, V], what W made of them; zero on the same rows.
+
+    Returns:
+        hidden [M, D] and logits [M, V]: linear combinations of the rows given; the last is the mean, as long as
+        the others together.
+    """
+    tiny = torch.finfo(hidden.dtype).tiny
+    # What is shorter than this may be rounding errors of what is longer: made no longer, it has no weight.
+    rounding = hidden.norm() * torch.finfo(hidden.dtype).eps ** 0.5
+    is_counted = hidden.any(dim=1).to(hidden.dtype)
+    # A reflection of the rows that takes the mean to the last place and leaves differences at the others.
+    axis = is_counted / is_counted.norm().clamp_min(1)
+    axis[-1] -= 1
+    scaled = axis * (2 / axis.square().sum().clamp_min(tiny))
+    hidden = torch.addr(hidden, scaled, axis @ hidden, alpha=-1)
+    logits = torch.addr(logits, scaled, axis @ logits, alpha=-1)
+    length = hidden[-1].norm().maximum(rounding).clamp_min(tiny)
+    mean, mean_logits = hidden[-1] / length, logits[-1] / length
+    along = hidden[:-1] @ mean
+    hidden[:-1].addr_(along, mean, alpha=-1)
+    logits[:-1].addr_(along, mean_logits, alpha=-1)
+    rest = hidden[:-1].norm().maximum(rounding)
+    hidden[-1], logits[-1] = rest * mean, rest * mean_logits
+    return hidden, logits
+
+
+class LogitAnchors(Sampling):
+    """f = (e Z_Mᵀ)(H_M H_Mᵀ + λI)⁻¹ H_M; eq. (10), sampled: eq. (12) for e Z_Mᵀ. No codes, no state.
 
     `<e W, h_m> = <e, z_m>`: the forward logits of an anchor token are the measurement of W along its hidden state, so
-    nothing has to be read back from W. Anchors are drawn anew each call among the tokens that count.
+    nothing has to be read back from W. Anchors are drawn anew each call among the tokens that count. The whole product
+    with Z_M costs 2NVM, so M has to be small; its estimate from few entries of the error costs next to nothing, so M
+    can be above D, where the span is everything.
 
     Args:
         hidden_size: D, width of the hidden state.
         vocab_size: V, number of tokens.
-        num_anchors: M; at most the number of tokens that count is used.
-        ridge: λ relative to the mean diagonal of H_M H_Mᵀ.
-        seed: seed of the choice of anchors; None draws one from torch's default generator.
+        sampled: gather few columns of Z_M a token instead of multiplying with all of them.
+        num_anchors: M; at most the number of tokens that count is used. None is 128, and 2D when sampled.
+        ridge: λ relative to the mean diagonal of H_M H_Mᵀ, the anchors taken apart from their mean.
+        topk: kept exactly besides gold (sampled only).
+        num_draws: tail tokens drawn (sampled only).
+        seed: seed of the choice of anchors and of the draws; None draws one from torch's default generator.
 
     Raises:
-        ValueError: num_anchors is below 1, or ridge negative.
+        ValueError: num_anchors is below 1, or another option out of range.
     """
 
-    options: ClassVar = ("ridge", "num_anchors")
+    options: ClassVar = ("ridge", "num_anchors", *SAMPLING_OPTIONS)
     name = "anchors"
 
     def __init__(
@@ -37,19 +77,31 @@ class LogitAnchors(Feedback):
         hidden_size: int,
         vocab_size: int,
         *,
-        num_anchors: int = 128,
+        sampled: bool = False,
+        num_anchors: int | None = None,
         ridge: float = 1e-3,
+        topk: int = 16,
+        num_draws: int = 16,
         seed: int | None = 0,
     ) -> None:
         super().__init__(hidden_size=hidden_size, vocab_size=vocab_size, seed=seed)
+        self._set_sampling(sampled, topk, num_draws)
+        if sampled:
+            self.name = "anchors_sampled"
+        if num_anchors is None:
+            num_anchors = 2 * hidden_size if sampled else 128
         self.num_anchors = _checks.count("num_anchors", num_anchors, minimum=1)
         self.ridge = _checks.non_negative("ridge", ridge)
 
     def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
         assert anchors is not None, "the caller measures anchors for rules with num_anchors"
-        back = ridge_rows(anchors.hidden.to(accumulate_dtype(dtype)), anchors.count, self.ridge)
-        return anchors.logits.to(dtype).T, back
+        sums = accumulate_dtype(dtype)
+        hidden, logits = apart_from_mean(anchors.hidden.to(sums), anchors.logits.to(sums))
+        back = ridge_rows(hidden, anchors.count, self.ridge)
+        logits = logits.to(dtype).T
+        # Few rows are gathered, each of them should lie together.
+        return logits.contiguous() if self.sampled else logits, back
 
     def forward(self, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
         logits, back = prepared
-        return error.matmul(logits) @ back
+        return self._times(error, tokens, logits) @ back

@@ -55,7 +55,20 @@ RULES: dict[str, Rule] = {
         cost="NV + top-p + 4NDR",
         state="V·R + D·R",
     ),
-    "anchors": Rule(rule=LogitAnchors, equation="(e Z_Mᵀ)(H_M H_Mᵀ + λI)⁻¹ H_M", cost="2NVM + 2MVD", state="none"),
+    "anchors": Rule(
+        rule=LogitAnchors,
+        fixed={"sampled": False},
+        equation="(e Z_Mᵀ)(H_M H_Mᵀ + λI)⁻¹ H_M",
+        cost="2NVM + 2MVD",
+        state="none",
+    ),
+    "anchors_sampled": Rule(
+        rule=LogitAnchors,
+        fixed={"sampled": True},
+        equation="(Σ_kept e_v z_v + (Q/m) Σ_drawn ±z_v)(H_M H_Mᵀ + λI)⁻¹ H_M",
+        cost="2N(1+k+m)M + 2NMD + 2MVD",
+        state="none",
+    ),
     "mirror": Rule(
         rule=WeightMirror,
         fixed={"sampled": False},

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from localexit import _checks
-from localexit.feedback.base import Anchors, Error, Feedback, Tokens
+from localexit.feedback.base import Anchors, Error, Tokens
 from localexit.feedback.draws import UNCOUNTED
 from localexit.feedback.ridge import ridge_rows
 from localexit.feedback.rounding import round_stochastically, rounding_generator
+from localexit.feedback.sampling import SAMPLING_OPTIONS, Sampling
 
 Storage = Literal["fp32", "bf16"]
 _DTYPES: dict[Storage, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -21,42 +22,18 @@ _DTYPES: dict[Storage, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bflo
 _UPDATE_BYTES = 256 * 2**20
 
 
-def sampled_rows(error: Error, tokens: Tokens, rows: Tensor, *, topk: int) -> Tensor:
-    """An unbiased estimate of `e @ rows` from few rows; eq. (12).
-
-    Gold and the top-k errors are kept exactly; the tail is drawn in proportion to its error. Dropping the tail
-    instead would be biased.
-
-    error of n tokens; rows [V, D]; the draws are `tokens.uniforms`. Returns [n, D].
-    """
-    assert tokens.uniforms is not None, "the caller draws uniforms for rules with num_draws"
-    ids, weights = error.select(topk, tokens.uniforms, tokens.target)
-    return error.weighted_rows(ids, weights, rows)
-
-
-class _Rows(Feedback):
+class _Rows(Sampling):
     """f = e · rows, whole or sampled."""
 
-    options: ClassVar = ("sampled", "selects", "topk", "num_draws")
+    options: ClassVar = SAMPLING_OPTIONS
     rows: Tensor
-
-    def _set_sampling(self, sampled: bool, topk: int, num_draws: int) -> None:
-        self.sampled = bool(sampled)
-        # Which entries are kept exactly depends on the error.
-        self.is_additive = not self.sampled
-        self.selects = self.sampled
-        self.topk = _checks.count("topk", topk, minimum=0)
-        self.num_draws = _checks.count("num_draws", num_draws, minimum=1) if sampled else 0
 
     def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
         # Few rows are gathered: converting all of them would cost more. fp64 is for proofs.
         return (self.rows if self.sampled and dtype != torch.float64 else self.rows.to(dtype),)
 
     def forward(self, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
-        (rows,) = prepared
-        if self.sampled:
-            return sampled_rows(error, tokens, rows, topk=self.topk)
-        return error.matmul(rows)
+        return self._times(error, tokens, *prepared)
 
 
 @dataclass(frozen=True, kw_only=True)
