@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from helpers.budget import assert_close
-from helpers.cases import make_inputs, small_rule
+from helpers.cases import make_inputs, run, small_rule
 from helpers.direct import apply, cross_entropy_error, signed_error
+from localexit import Dense, make_feedback
 from localexit.feedback import Error
 from localexit.feedback.codes import sketch_matrix
 from localexit.feedback.factorized import hybrid_code
@@ -85,3 +88,18 @@ def test_gain_multiplies_and_the_expander_spans_the_feedback(name: str) -> None:
     assert_close(2 * once, twice)
     expander = small_rule(name, 9, 40).expander.double()
     assert_close(twice @ expander @ expander.T, twice, tolerance=1e-6)
+
+
+def test_dense_feedback_is_exact_at_its_initial_weight() -> None:
+    rule = Dense(32, 400, rank=16, gain=0.5 * 32**0.5).double()
+    weight = rule.initial_weight(std=0.5)
+    assert torch.linalg.matrix_rank(weight) == 16
+    assert float(weight.std()) == pytest.approx(0.5, rel=0.05)
+    inputs = replace(make_inputs(7, 32, 400), weight=weight)
+    exact = run(inputs, make_feedback("transport", 32, 400)).feedback
+    assert_close(run(inputs, rule).feedback, exact, tolerance=1e-12)
+
+
+def test_initial_weight_refuses_a_negative_size() -> None:
+    with pytest.raises(ValueError, match="std must be a finite number of at least 0, got -1"):
+        Dense(8, 40).initial_weight(std=-1)

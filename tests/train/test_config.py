@@ -64,7 +64,7 @@ def test_a_configuration_of_another_version_names_the_fields() -> None:
 
 def test_a_configuration_of_the_first_version_means_what_it_did() -> None:
     content = TrainConfig(lr=0.5).to_json()
-    for field in ("unembedding_std", "non_finite", "max_skipped"):
+    for field in ("unembedding_std", "unembedding_init", "non_finite", "max_skipped"):
         del content[field]
     assert TrainConfig.from_json(content) == TrainConfig(lr=0.5, non_finite="stop")
 
@@ -110,6 +110,8 @@ def test_differences_name_the_fields_and_leave_the_free_ones_out() -> None:
         ("backward", "later", "backward must be one of"),
         ("decay", "exponential", "decay must be one of"),
         ("non_finite", "ignore", "non_finite must be one of 'stop', 'skip'"),
+        ("unembedding_init", "weights", "unembedding_init must be one of 'random', 'codes'"),
+        ("unembedding_init", "codes", "needs feedback 'dense', .* got 'mirror'; pass feedback dense"),
         ("max_skipped", -1, "max_skipped must be at least 0"),
         ("precision", "fp8", "precision must be one of"),
         ("label_smoothing", 1.0, "label_smoothing must be in"),
@@ -125,6 +127,11 @@ def test_differences_name_the_fields_and_leave_the_free_ones_out() -> None:
 def test_bad_values_are_refused_by_name(field: str, value: object, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         TrainConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_codes_do_not_overwrite_a_trained_unembedding() -> None:
+    with pytest.raises(ValueError, match="unembedding_init='codes' is for presets, .* got model 'owner/name'"):
+        TrainConfig(model="owner/name", feedback=FeedbackSpec.parse("dense"), unembedding_init="codes")
 
 
 def test_exits_are_written_as_attach_takes_them() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from localexit import Dense
 from localexit.train.checkpoint import CheckpointError, Snapshot
 from localexit.train.config import FeedbackSpec, TrainConfig
 from localexit.train.models import attach_exits, build_model
@@ -158,3 +159,13 @@ def test_the_size_of_the_unembedding_is_an_option_and_changes_nothing_else() -> 
         factor = 4.0 if name == "lm_head.weight" else 1.0
         torch.testing.assert_close(ours, factor * theirs, msg=name)
     assert float(plain.lm_head.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+
+
+def test_the_unembedding_can_start_as_what_the_codes_stand_for() -> None:
+    codes = {"feedback": FeedbackSpec.parse("dense:rank=8"), "unembedding_std": 0.05}
+    plain, local = make_trainer(**codes).local, make_trainer(unembedding_init="codes", **codes).local
+    rule, weight = local.feedback, local.unembedding.weight.detach()
+    assert isinstance(rule, Dense)
+    torch.testing.assert_close(weight, rule.initial_weight(std=0.05))
+    for (name, ours), (_, theirs) in zip(local.model.named_parameters(), plain.model.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs) != (name == "lm_head.weight"), name

@@ -5,6 +5,7 @@ None of these reads W: the codes are drawn before training and never change.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -75,6 +76,26 @@ class Dense(_Factorized):
     def rank(self) -> int:
         """R."""
         return self.expander.shape[1]
+
+    def initial_weight(self, *, std: float = 0.02) -> Tensor:
+        """An unembedding that the codes stand in for exactly, to start training from: `std · √D · K Uᵀ`.
+
+        W then starts where the feedback already points; codes are drawn before training all the same, and W is never
+        read.
+
+            model.lm_head.weight.data.copy_(rule.initial_weight())
+
+        Args:
+            std: standard deviation of its entries.
+
+        Returns:
+            [V, D] of rank R, on the device of the codes.
+
+        Raises:
+            ValueError: std is negative or not finite.
+        """
+        scale = _checks.non_negative("std", std) * math.sqrt(self.hidden_size)
+        return scale * self.codebook @ self.expander.T
 
     def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return self.codebook.to(dtype), self._expander_for(dtype)

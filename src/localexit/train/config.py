@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from localexit import _values
 from localexit._rules import check_options
+from localexit.train.presets import PRESETS
 
 if TYPE_CHECKING:
     from localexit.feedback import Feedback
@@ -25,12 +26,14 @@ Decay = Literal["linear", "cosine"]
 OptimizerTiming = Literal["after_backward", "in_backward"]
 Precision = Literal["auto", "fp32", "bf16"]
 NonFinite = Literal["stop", "skip"]
+UnembeddingInit = Literal["random", "codes"]
 
 # They say where and how fast a run computes, not what, or what to do about what ended it: a resume may change them.
 FREE_ON_RESUME = frozenset({"device", "threads", "non_finite", "max_skipped"})
 # Fields that runs of the first version do not have, and what those runs did.
 _ADDED_FIELDS: Mapping[str, Any] = {
     "unembedding_std": 0.02,
+    "unembedding_init": "random",
     "non_finite": "stop",
     "max_skipped": 10,
     "optimizer": "after_backward",
@@ -111,6 +114,7 @@ class TrainConfig:
         backward: stream (memory flat in depth) or deferred (ordinary backward after the forward); joint and direct are
             controls that are not local: end-to-end backprop from all exits, direct feedback alignment.
         unembedding_std: standard deviation of a preset's unembedding before training.
+        unembedding_init: what a preset's unembedding starts as: random, or the codes of feedback dense.
         train_blocks: off trains the unembedding and the exit norm only, the control for what blocks learn.
         steps: optimiser steps.
         batch_size: context windows a micro-batch.
@@ -156,6 +160,7 @@ class TrainConfig:
     token_share: float = 1.0
     backward: Backward = "stream"
     unembedding_std: float = 0.02
+    unembedding_init: UnembeddingInit = "random"
     train_blocks: bool = True
     steps: int = 1000
     batch_size: int = 8
@@ -202,10 +207,12 @@ class TrainConfig:
             ("precision", Precision),
             ("non_finite", NonFinite),
             ("optimizer", OptimizerTiming),
+            ("unembedding_init", UnembeddingInit),
         ):
             _values.choice(name, getattr(self, name), get_args(kinds))
         _values.loss_options("mean", self.label_smoothing, self.z_loss, None)
         self._check_optimizer()
+        self._check_codes()
         exit_indices(self.exits)
         if self.optimizer == "in_backward":
             self._check_in_backward()
@@ -232,6 +239,18 @@ class TrainConfig:
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps must be below steps={self.steps}, got {self.warmup_steps}; pass fewer, or more steps"
+            )
+
+    def _check_codes(self) -> None:
+        if self.unembedding_init == "codes" and self.feedback.name != "dense":
+            raise ValueError(
+                f"unembedding_init='codes' needs feedback 'dense', the rule with a code for each token, got "
+                f"{self.feedback.name!r}; pass feedback dense, or leave unembedding_init out"
+            )
+        if self.unembedding_init == "codes" and self.model not in PRESETS:
+            raise ValueError(
+                f"unembedding_init='codes' is for presets, whose weights are random, got model {self.model!r}, whose "
+                f"unembedding it would overwrite; leave it out"
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from localexit._files import read_json
 from localexit.exits import DataParallel
+from localexit.feedback import Dense
 from localexit.inference.architecture import longest_context
 from localexit.local import ExitSchedule, LocalModel, attach, discover
 from localexit.train.config import TrainConfig, exit_indices
@@ -198,6 +199,10 @@ def _from_preset(preset: Preset, config: TrainConfig, *, vocab_size: int, end_of
     with torch.no_grad():
         # Scaled, not drawn anew: another size of W changes nothing else.
         model.get_output_embeddings().weight.mul_(config.unembedding_std / INITIAL_STD)
+        if config.unembedding_init == "codes":
+            codes = config.feedback.build(hidden_size=preset.hidden_size, vocab_size=vocab_size, seed=config.seed)
+            assert isinstance(codes, Dense), "the configuration has been checked"
+            model.get_output_embeddings().weight.copy_(codes.initial_weight(std=config.unembedding_std))
     return model
 
 
