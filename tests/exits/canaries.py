@@ -45,7 +45,8 @@ class Case:
 
 def make_rule(name: str, *, seed: int = 3) -> Feedback:
     """A rule by name; a mirror gets rows as if it had learned something: its zeros would feed nothing back."""
-    options = {"num_anchors": 8} if "anchors" in name else {}
+    # Fewer than the width: neither an anchor rule nor a mirror becomes the true gradient within a step or two.
+    options = {"num_anchors": 8} if "anchors" in name else {"num_pairs": 8} if "mirror" in name else {}
     rule = make_feedback(name, WIDTH, VOCAB, seed=seed, **options)
     if "mirror" in name:
         rule.rows.normal_(generator=torch.Generator().manual_seed(seed))

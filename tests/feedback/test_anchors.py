@@ -78,7 +78,7 @@ def test_without_differences_the_common_direction_is_left(dtype: torch.dtype) ->
     values = signed_error(inputs).to(dtype)
     unit = inputs.hidden[0] / inputs.hidden[0].norm()
     feedback = apply(small_rule("anchors", 9, 40), values, inputs)
-    assert_close(feedback, torch.outer(values @ inputs.weight @ unit, unit), tolerance=1e-3)
+    assert_close(feedback, torch.outer(values @ inputs.weight @ unit, unit), tolerance=5e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

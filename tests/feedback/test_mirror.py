@@ -38,10 +38,16 @@ def forward(inputs: Inputs, rule: WeightMirror, exit_index: int = 0, first_row: 
     return loss
 
 
-def delta_rule(rows: Tensor, hidden: Tensor, logits: Tensor, ridge: float = 1e-2) -> Tensor:
-    """Eq. (11) as it is written."""
+def delta_rule(rows: Tensor, hidden: Tensor, logits: Tensor, ridge: float = 1e-3) -> Tensor:
+    """Eq. (11) as it is written, with the pairs taken apart from their mean."""
+    count, length = len(hidden), hidden.mean(0).norm()
+    unit, unit_logits = hidden.mean(0) / length, logits.mean(0) / length
+    along = hidden @ unit
+    hidden, logits = hidden - torch.outer(along, unit), logits - torch.outer(along, unit_logits)
+    rest = max(hidden.norm(), 1e-8 * length * count**0.5)
+    hidden, logits = torch.cat([hidden, rest * unit[None]]), torch.cat([logits, rest * unit_logits[None]])
     gram = hidden @ hidden.T
-    shifted = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    shifted = gram + ridge * gram.trace() / count * torch.eye(len(gram), dtype=gram.dtype)
     return rows + (logits - hidden @ rows.T).T @ torch.linalg.inv(shifted) @ hidden
 
 

@@ -9,42 +9,8 @@ from torch import Tensor
 
 from localexit import _checks
 from localexit.feedback.base import Anchors, Error, Tokens, accumulate_dtype
-from localexit.feedback.ridge import ridge_rows
+from localexit.feedback.ridge import apart_from_mean, ridge_rows
 from localexit.feedback.sampling import SAMPLING_OPTIONS, Sampling
-
-
-def apart_from_mean(hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Other measurements of the same span: M - 1 differences orthogonal to the mean, and the mean.
-
-    Hidden states have much in common: early in training all but a thousandth of their squared length. A ridge that is
-    small against the length is large against the differences, and a product in bf16 rounds them away.
-
-    Args:
-        hidden: [M, D]; rows that do not count are zero.
-        logits: [M, V], what W made of them; zero on the same rows.
-
-    Returns:
-        hidden [M, D] and logits [M, V]: linear combinations of the rows given; the last is the mean, as long as
-        the others together.
-    """
-    tiny = torch.finfo(hidden.dtype).tiny
-    # What is shorter than this may be rounding errors of what is longer: made no longer, it has no weight.
-    rounding = hidden.norm() * torch.finfo(hidden.dtype).eps ** 0.5
-    is_counted = hidden.any(dim=1).to(hidden.dtype)
-    # A reflection of the rows that takes the mean to the last place and leaves differences at the others.
-    axis = is_counted / is_counted.norm().clamp_min(1)
-    axis[-1] -= 1
-    scaled = axis * (2 / axis.square().sum().clamp_min(tiny))
-    hidden = torch.addr(hidden, scaled, axis @ hidden, alpha=-1)
-    logits = torch.addr(logits, scaled, axis @ logits, alpha=-1)
-    length = hidden[-1].norm().maximum(rounding).clamp_min(tiny)
-    mean, mean_logits = hidden[-1] / length, logits[-1] / length
-    along = hidden[:-1] @ mean
-    hidden[:-1].addr_(along, mean, alpha=-1)
-    logits[:-1].addr_(along, mean_logits, alpha=-1)
-    rest = hidden[:-1].norm().maximum(rounding)
-    hidden[-1], logits[-1] = rest * mean, rest * mean_logits
-    return hidden, logits
 
 
 class LogitAnchors(Sampling):
@@ -79,7 +45,7 @@ class LogitAnchors(Sampling):
         *,
         sampled: bool = False,
         num_anchors: int | None = None,
-        ridge: float = 1e-3,
+        ridge: float = 1e-4,
         topk: int = 16,
         num_draws: int = 16,
         seed: int | None = 0,

@@ -1,4 +1,4 @@
-"""The one linear solve behind logit anchors and the mirror's delta rule."""
+"""The linear algebra behind logit anchors and the mirror's delta rule."""
 
 from __future__ import annotations
 
@@ -6,10 +6,45 @@ import torch
 from torch import Tensor
 
 
+def apart_from_mean(hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Other measurements of the same span: M - 1 differences orthogonal to the mean, and the mean.
+
+    Hidden states have much in common: early in training all but a thousandth of their squared length. A ridge that is
+    small against the length is large against the differences, and a product in bf16 rounds them away.
+
+    Args:
+        hidden: [M, D]; rows that do not count are zero.
+        logits: [M, V], what W made of them; zero on the same rows.
+
+    Returns:
+        hidden [M, D] and logits [M, V]: linear combinations of the rows given; the last is the mean, as long as
+        the others together.
+    """
+    tiny = torch.finfo(hidden.dtype).tiny
+    # What is shorter than this may be rounding errors of what is longer: made no longer, it has no weight.
+    rounding = hidden.norm() * torch.finfo(hidden.dtype).eps ** 0.5
+    is_counted = hidden.any(dim=1).to(hidden.dtype)
+    # A reflection of the rows that takes the mean to the last place and leaves differences at the others.
+    axis = is_counted / is_counted.norm().clamp_min(1)
+    axis[-1] -= 1
+    scaled = axis * (2 / axis.square().sum().clamp_min(tiny))
+    hidden = torch.addr(hidden, scaled, axis @ hidden, alpha=-1)
+    logits = torch.addr(logits, scaled, axis @ logits, alpha=-1)
+    length = hidden[-1].norm().maximum(rounding).clamp_min(tiny)
+    mean, mean_logits = hidden[-1] / length, logits[-1] / length
+    along = hidden[:-1] @ mean
+    hidden[:-1].addr_(along, mean, alpha=-1)
+    logits[:-1].addr_(along, mean_logits, alpha=-1)
+    rest = hidden[:-1].norm().maximum(rounding)
+    hidden[-1], logits[-1] = rest * mean, rest * mean_logits
+    return hidden, logits
+
+
 def ridge_rows(hidden: Tensor, count: Tensor, ridge: float) -> Tensor:
     """`(H Hᵀ + λI)⁻¹ H` for H [M, D], with λ = `ridge` times the mean diagonal of `H Hᵀ` over the rows that count.
 
-    Equal to `H (Hᵀ H + λI)⁻¹`; the smaller of the two systems is solved, by Cholesky.
+    Equal to `H (Hᵀ H + λI)⁻¹`; the smaller of the two systems is solved, by Cholesky. In fp64: its condition is up to
+    M / `ridge`, which leaves fp32 no digits.
 
     Args:
         hidden: [M, D], fp32 or fp64; rows that do not count are zero.
@@ -19,13 +54,14 @@ def ridge_rows(hidden: Tensor, count: Tensor, ridge: float) -> Tensor:
     Returns:
         [M, D]; zero where `hidden` is all zero.
     """
+    dtype, hidden = hidden.dtype, hidden.double()
     num_rows, width = hidden.shape
     mean_diagonal = hidden.square().sum() / count.clamp_min(1)
     # Without any row the system is 0 x = 0: any positive shift makes it solvable, with solution zero.
     shift = torch.where(mean_diagonal > 0, ridge * mean_diagonal, 1.0)
     if num_rows <= width:
-        return torch.cholesky_solve(hidden, _factor(hidden @ hidden.T, shift, hidden))
-    return torch.cholesky_solve(hidden.T, _factor(hidden.T @ hidden, shift, hidden)).T
+        return torch.cholesky_solve(hidden, _factor(hidden @ hidden.T, shift, hidden)).to(dtype)
+    return torch.cholesky_solve(hidden.T, _factor(hidden.T @ hidden, shift, hidden)).T.to(dtype)
 
 
 def _factor(gram: Tensor, shift: Tensor, like: Tensor) -> Tensor:

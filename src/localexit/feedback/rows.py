@@ -12,7 +12,7 @@ from torch import Tensor
 from localexit import _checks
 from localexit.feedback.base import Anchors, Error, Tokens
 from localexit.feedback.draws import UNCOUNTED
-from localexit.feedback.ridge import ridge_rows
+from localexit.feedback.ridge import apart_from_mean, ridge_rows
 from localexit.feedback.rounding import round_stochastically, rounding_generator
 from localexit.feedback.sampling import SAMPLING_OPTIONS, Sampling
 
@@ -106,7 +106,7 @@ class WeightMirror(_Rows):
         sampled: bool = False,
         num_pairs: int = 128,
         update_every: int = 1,
-        ridge: float = 1e-2,
+        ridge: float = 1e-3,
         storage: Storage = "fp32",
         topk: int = 16,
         num_draws: int = 16,
@@ -162,6 +162,7 @@ class WeightMirror(_Rows):
         hidden, logits = (
             torch.cat(parts).to(dtype) for parts in zip(*((p.hidden, p.logits) for p in pairs), strict=True)
         )
+        hidden, logits = apart_from_mean(hidden, logits)
         back = ridge_rows(hidden, torch.cat([p.is_counted for p in pairs]).sum(), self.ridge)
         generator = rounding_generator(self.seed, self._num_steps, self.rows.device)
         # Row by row the update is independent: each part of B is read and written once, and nothing else is as large.
