@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ci test-all lint format bench families coverage clean
+.PHONY: help demo test test-ci test-all lint format bench tables families coverage clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -46,6 +46,9 @@ bench: $(STAMP)  ## the CPU benchmark table
 
 families: $(STAMP)  ## write docs/families.md: which models of transformers can be trained locally
 	PYTHONPATH=tests $(BIN)/python -m local.families
+
+tables: $(STAMP)  ## the tables of docs/performance.md, from benchmarks/results
+	$(BIN)/python benchmarks/performance_page.py
 
 coverage: $(STAMP)  ## line and branch coverage of src
 	$(PYTEST) -m "not long" --cov --cov-report= --cov-fail-under=0

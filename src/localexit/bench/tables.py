@@ -68,32 +68,35 @@ def measurements(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
 
 def losses_table(content: dict[str, Any]) -> str:
     """Where a contender of ours is slower than the fastest exact head of its run; and who needs least memory."""
-    slower = [row for title, measured in measurements(content) for row in _slower(title, measured)]
-    larger = [row for title, measured in measurements(content) for row in _larger(title, measured)]
+    runs = list(measurements(content))
+    slow = [row for title, measured in runs for row in slower(title, measured)]
+    large = [row for title, measured in runs for row in larger(title, measured)]
     tables = []
-    if slower:
-        tables.append(aligned(("slower than an exact head", "", "ms", "times", "of"), slower))
-    if larger:
-        tables.append(aligned(("larger than an exact head", "leanest of ours", "MiB", "times", "of"), larger))
+    if slow:
+        tables.append(aligned(("slower than an exact head", "", "ms", "times", "of"), slow))
+    if large:
+        tables.append(aligned(("larger than an exact head", "leanest of ours", "MiB", "times", "of"), large))
     return "\n\n".join(tables) or "No exact head that was available is faster or leaner than ours in these runs."
 
 
-def _slower(title: str, measured: dict[str, Any]) -> Iterator[Row]:
-    best = _least(measured, "exact", "median_ms")
+def slower(title: str, measured: dict[str, Any]) -> Iterator[Row]:
+    """Our contenders that are slower than the fastest exact head of the run: run, name, ms, factor, that head."""
+    best = least(measured, "exact", "median_ms")
     for result in measured["results"]:
         if best and result["kind"] == "rule" and result["median_ms"] > best["median_ms"]:
             factor = result["median_ms"] / best["median_ms"]
             yield (title, result["name"], f"{result['median_ms']:.2f}", f"{factor:.2f}", best["name"])
 
 
-def _larger(title: str, measured: dict[str, Any]) -> Iterator[Row]:
-    best, ours = _least(measured, "exact", "peak_mib"), _least(measured, "rule", "peak_mib")
+def larger(title: str, measured: dict[str, Any]) -> Iterator[Row]:
+    """The leanest of ours, if an exact head needs less memory: run, name, MiB, factor, that head."""
+    best, ours = least(measured, "exact", "peak_mib"), least(measured, "rule", "peak_mib")
     if best and ours and ours["peak_mib"] > best["peak_mib"]:
         factor = f"{ours['peak_mib'] / best['peak_mib']:.2f}" if best["peak_mib"] > 0 else ""
         yield (title, ours["name"], f"{ours['peak_mib']:.0f}", factor, best["name"])
 
 
-def _least(measured: dict[str, Any], kind: str, key: str) -> dict[str, Any] | None:
+def least(measured: dict[str, Any], kind: str, key: str) -> dict[str, Any] | None:
     """The contender of a kind with the least of something, if any was measured."""
     candidates = [r for r in measured["results"] if r["kind"] == kind and r[key] is not None]
     return min(candidates, key=lambda result: result[key], default=None)

@@ -1,0 +1,291 @@
+"""Write the tables of docs/performance.md from the files in benchmarks/results, so that they cannot drift apart.
+
+    python benchmarks/performance_page.py
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`; what is not measured says with which command it would be.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from localexit.bench.record import read_results
+from localexit.bench.roofline import rooflines
+from localexit.bench.shapes import Shape
+from localexit.bench.tables import larger, least, measurements, name_in_sweep, slower
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+Content = dict[str, Any]
+Row = Sequence[str]
+
+CHEAP = ("anchors", "dense", "sketch", "hybrid", "mirror_sampled", "transport_sampled")
+MOST_PRODUCTS = {"llama": 2.2, "gemma": 2.3, "gpt2": 2.8}
+
+
+def written(text: str, cpu: Content, gpu: Content) -> str:
+    """The page with its tables made anew."""
+
+    def replaced(found: re.Match[str]) -> str:
+        name = found[1]
+        return f"<!-- {name} -->\n{BLOCKS[name](cpu if name.startswith('cpu') else gpu)}\n<!-- end -->"
+
+    return re.sub(r"<!-- ([a-z-]+) -->\n.*?\n?<!-- end -->", replaced, text, flags=re.DOTALL)
+
+
+def table(head: Row, rows: Sequence[Row]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def machine(content: Content) -> str:
+    versions = content["versions"]
+    return f"{content['device']}, torch {versions['torch']}, commit {content['commit'][:7]}."
+
+
+def cpu_times(content: Content) -> str:
+    measured = content["shapes"]["cpu"]
+    rows = [
+        (
+            f"`{r['name']}`",
+            f"{r['median_ms'] / 1e3:.2f}",
+            f"{r['min_ms'] / 1e3:.2f}-{r['max_ms'] / 1e3:.2f}",
+            f"{r['vs_eager']:.2f}×",
+            f"{r['products']:.2f}",
+            "" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}",
+            r["note"],
+        )
+        for r in measured["results"]
+    ]
+    head = ("", "median s", "min-max s", "vs eager", "products", "peak MiB", "")
+    return "\n".join([table(head, rows), "", machine(content), *not_available(measured)])
+
+
+def not_available(measured: Content) -> list[str]:
+    return [f"Not available: `{name}` ({reason})." for name, reason in measured["not_available"].items()]
+
+
+def gpu_times(content: Content) -> str:
+    shapes = content["shapes"]
+    cells = {name: {r["name"]: cell(r) for r in measured["results"]} for name, measured in shapes.items()}
+    names = dict.fromkeys(name for of_shape in cells.values() for name in of_shape)
+    head = ("", *(str(Shape(**measured["shape"])) for measured in shapes.values()))
+    rows = [(f"`{name}`", *(cells[shape].get(name, "") for shape in shapes)) for name in names]
+    reasons = {reason: None for measured in shapes.values() for reason in not_available(measured)}
+    return "\n".join([table(head, rows), "", machine(content), *reasons])
+
+
+def cell(result: Content) -> str:
+    peak = "" if result["peak_mib"] is None else f" · {result['peak_mib']:.0f} MiB"
+    return f"{result['median_ms']:.1f} ms · {result['products']:.2f}{peak}"
+
+
+def gpu_roofline(content: Content) -> str:
+    head = ("", "shape", "TFLOP", "GB", "promised ms", "attainable ms", "measured ms", "gap ms")
+    rows = [
+        (
+            f"`{r.name}`",
+            str(r.shape),
+            f"{r.flops / 1e12:.1f}",
+            f"{r.num_bytes / 1e9:.1f}",
+            f"{r.promised_ms:.1f}",
+            f"{r.attainable_ms:.1f}",
+            f"{r.measured_ms:.1f}",
+            f"{r.gap_ms:.1f}",
+        )
+        for r in rooflines(content)
+    ]
+    return table(head, rows)
+
+
+def losses(content: Content) -> str:
+    slow = [
+        (t, f"`{n}`", ms, factor, f"`{of}`") for t, m in measurements(content) for t, n, ms, factor, of in slower(t, m)
+    ]
+    large = [
+        (t, f"`{n}`", mib, factor, f"`{of}`")
+        for t, m in measurements(content)
+        for t, n, mib, factor, of in larger(t, m)
+    ]
+    parts = []
+    if slow:
+        parts.append(table(("slower at", "", "ms", "times", "of"), slow))
+    if large:
+        parts.append(table(("larger at", "leanest of ours", "MiB", "times", "of"), large))
+    return "\n\n".join(parts) or "Nowhere in these runs."
+
+
+def aims(rows: Iterator[tuple[str, str, str, bool]]) -> str:
+    return table(("aim", "wanted", "measured", "reached"), [(*row[:3], "yes" if row[3] else "**no**") for row in rows])
+
+
+def faster(own: Content, other: Content) -> float:
+    """How many times as fast as the other: median of the ratios within a round, where rounds are kept."""
+    rounds = list(zip(own["times_ms"], other["times_ms"], strict=True))
+    return median(b / a for a, b in rounds) if rounds else other["median_ms"] / own["median_ms"]
+
+
+def cpu_aims(content: Content) -> str:
+    return aims(_cpu_aims(content["shapes"]["cpu"]))
+
+
+def _cpu_aims(measured: Content) -> Iterator[tuple[str, str, str, bool]]:
+    of = {r["name"]: r for r in measured["results"]}
+    rules = [r for r in measured["results"] if r["kind"] == "rule"]
+    chunked, originals = of.get("F.linear_cross_entropy"), least(measured, "original", "median_ms")
+    for name in ("dense", "sketch", "anchors"):
+        own = of[f"{name} autograd"]
+        yield f"`{name}` faster than eager", "≥ 1.5×", f"{own['vs_eager']:.2f}×", own["vs_eager"] >= 1.5
+        if originals:
+            ratio = faster(own, originals)
+            yield "… than the fastest original head", "≥ 1.5×", f"{ratio:.2f}×", ratio >= 1.5
+        if chunked:
+            ratio = faster(own, chunked)
+            yield "… than `F.linear_cross_entropy`", "≥ 3×", f"{ratio:.2f}×", ratio >= 3
+    slowest = min(rules, key=lambda r: r["vs_eager"])
+    yield (
+        f"slowest rule (`{slowest['name']}`) against eager",
+        "≥ 1×",
+        f"{slowest['vs_eager']:.2f}×",
+        slowest["vs_eager"] >= 1,
+    )
+    largest = max(rules, key=lambda r: r["peak_mib"])
+    peak = largest["peak_mib"]
+    yield f"largest peak (`{largest['name']}`)", "≤ 128 MiB", f"{peak:.0f} MiB", peak <= 128
+
+
+def gpu_aims(content: Content) -> str:
+    return aims(
+        row
+        for name, measured in content["shapes"].items()
+        if name in MOST_PRODUCTS
+        for row in _gpu_aims(name, measured)
+    )
+
+
+def _gpu_aims(name: str, measured: Content) -> Iterator[tuple[str, str, str, bool]]:
+    of = {r["name"]: r for r in measured["results"]}
+    steps = [of[f"{rule} step"] for rule in CHEAP if f"{rule} step" in of]
+    low, high = (pick(r["products"] for r in steps) for pick in (min, max))
+    most = MOST_PRODUCTS[name]
+    yield f"{name}: steps of cheap rules, in forward products", f"≤ {most}", f"{low:.2f}-{high:.2f}", high <= most
+    slowest = max(steps, key=lambda r: r["median_ms"])
+    peer = least(measured, "exact", "median_ms")
+    if peer:
+        ratio = faster(slowest, peer)
+        yield f"… faster than `{peer['name']}`, the fastest exact head", "≥ 1.35×", f"{ratio:.2f}×", ratio >= 1.35
+    if name != "gpt2":
+        floor = faster(slowest, of["three products"]) if "three products" in of else 3 * faster(slowest, of["h @ W.T"])
+        yield "… than three bare products", "≥ 1×", f"{floor:.2f}×", floor >= 1
+    original = least(measured, "original", "median_ms")
+    if original:
+        ratio = faster(slowest, original)
+        yield "… than the fastest original head", "≥ 7×", f"{ratio:.1f}×", ratio >= 7
+    yield from _memory_aims(measured, of)
+    if "torch.compile" in of and "transport autograd" in of:
+        ratio = faster(of["transport autograd"], of["torch.compile"])
+        yield "… `transport` (exact) against `torch.compile`", "≥ 1×", f"{ratio:.2f}×", ratio >= 1
+
+
+def _memory_aims(measured: Content, of: Content) -> Iterator[tuple[str, str, str, bool]]:
+    small = [r for r in measured["results"] if r["name"].endswith(" memory")]
+    if not small:
+        return
+    shape = Shape(**measured["shape"])
+    gradients = 2 * (shape.vocab_size + shape.num_tokens) * shape.hidden_size / 2**20
+    above = max(r["peak_mib"] for r in small) - gradients
+    yield "… memory preset: peak above the gradients", "≤ 256 MiB", f"{above:.1f} MiB", above <= 256
+    slowest = max(small, key=lambda r: r["median_ms"])
+    for peer in ("cut-cross-entropy", "liger"):
+        if peer in of:
+            ratio = faster(slowest, of[peer])
+            yield f"… memory preset faster than `{peer}`", "> 1×", f"{ratio:.2f}×", ratio > 1
+
+
+def shared(content: Content) -> str:
+    if "shared_exits" not in content:
+        return "Not measured yet: `localexit bench --shared-exits 12 --output benchmarks/results/exit_gpu.json`."
+    head = ("", "exits", "one alone, ms", "each of them, ms", "ratio", "alone MiB", "all MiB")
+    rows = [
+        (
+            f"`{r['name']}`",
+            count,
+            f"{r['alone_ms']:.2f}",
+            f"{r['exit_ms']:.2f}",
+            f"{r['exit_to_alone']:.2f}",
+            f"{r['alone_peak_mib']:.0f}",
+            f"{r['shared_peak_mib']:.0f}",
+        )
+        for count, measured in content["shared_exits"].items()
+        for r in measured["results"]
+    ]
+    return table(head, rows)
+
+
+def sweeps(content: Content) -> str:
+    if "sweeps" not in content:
+        return "Not measured yet: `localexit bench --sweep D --output benchmarks/results/exit_gpu.json`."
+    return "\n\n".join(_sweep(letter, points) for letter, points in content["sweeps"].items())
+
+
+def _sweep(letter: str, points: Content) -> str:
+    values = sorted(points, key=int)
+    medians = {value: {name_in_sweep(r): r["median_ms"] for r in points[value]["results"]} for value in values}
+    names = dict.fromkeys(name for value in values for name in medians[value])
+    rows = [
+        (f"`{name}`", *(f"{medians[value][name]:.2f}" if name in medians[value] else "" for value in values))
+        for name in names
+    ]
+    return table((f"ms at {letter} =", *values), rows)
+
+
+def numerics(content: Content) -> str:
+    if "numerics" not in content:
+        return "Not measured yet: `localexit bench --numerics --output benchmarks/results/exit_gpu.json`."
+    head = ("", "loss", "plain", "dW", "plain", "`transport`: dh", "plain", "within budget")
+    return table(head, [_trial(name, rows) for name, rows in _trials(content).items()])
+
+
+def _trials(content: Content) -> dict[str, list[Content]]:
+    grouped: dict[str, list[Content]] = {}
+    for measured in content["numerics"].values():
+        for row in measured["results"]:
+            grouped.setdefault(row["trial"], []).append(row)
+    return grouped
+
+
+def _trial(name: str, rows: list[Content]) -> Row:
+    """The worst of the rules and presets."""
+    exact = [row for row in rows if row["name"].startswith("transport")]
+    worst = (max(r["loss"] for r in rows), rows[0]["plain_loss"], max(r["weight_grad"] for r in rows))
+    rest = (rows[0]["plain_weight_grad"], max(r["feedback"] for r in exact), rows[0]["plain_hidden_grad"])
+    outside = [row["name"] for row in rows if not row["is_within"]]
+    return (name, *(f"{value:.1e}" for value in (*worst, *rest)), f"**no**: {', '.join(outside)}" if outside else "yes")
+
+
+BLOCKS: dict[str, Callable[[Content], str]] = {
+    "cpu-times": cpu_times,
+    "cpu-aims": cpu_aims,
+    "gpu-times": gpu_times,
+    "gpu-aims": gpu_aims,
+    "gpu-roofline": gpu_roofline,
+    "gpu-losses": losses,
+    "gpu-shared": shared,
+    "gpu-sweeps": sweeps,
+    "gpu-numerics": numerics,
+    "cpu-losses": losses,
+    "cpu-numerics": numerics,
+}
+
+
+def main() -> None:
+    cpu, gpu = (read_results(RESULTS / f"exit_{kind}.json") for kind in ("cpu", "gpu"))
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), cpu, gpu), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
