@@ -43,7 +43,7 @@ CASES: list[tuple[str, list[str]]] = [
     ("train --decay exponential", ["--decay", "exponential", "cosine"]),
     ("train --precision fp8", ["--precision", "fp8", "bf16"]),
     ("train --non-finite ignore", ["--non-finite", "ignore", "skip"]),
-    ("train here --tensorboard yes", ["yes"]),
+    ("train here --track yes", ["track", "yes", "wandb"]),
     # Options out of range.
     ("train --lr -1", ["lr must be a positive number", "-1"]),
     ("train --lr nan", ["lr must be a positive number", "nan"]),

@@ -23,7 +23,7 @@ from train.small_runs import write_corpus
 SMALL = [
     *("--model", "tiny", "--vocab-size", "300", "--steps", "4", "--warmup-steps", "1", "--batch-size", "2"),
     *("--context", "16", "--eval-every", "2", "--eval-tokens", "128", "--checkpoint-every", "2"),
-    *("--sample-tokens", "3", "--threads", "1", "--device", "cpu", "--no-tensorboard"),
+    *("--sample-tokens", "3", "--threads", "1", "--device", "cpu", "--track", "none"),
 ]
 
 

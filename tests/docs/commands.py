@@ -11,7 +11,7 @@ from localexit import cli
 # What makes a command small; the rest of the line is the page's.
 TINY = {
     "train": "--steps 2 --warmup-steps 1 --batch-size 2 --context 16 --eval-tokens 64 --eval-every 2 "
-    "--checkpoint-every 2 --sample-tokens 2 --threads 1 --device cpu --no-tensorboard",
+    "--checkpoint-every 2 --sample-tokens 2 --threads 1 --device cpu --track none",
     "generate": "--max-new-tokens 3 --device cpu",
     "eval": "--tokens 64 --device cpu",
 }

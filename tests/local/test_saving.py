@@ -17,6 +17,7 @@ from local.decoders import VOCAB, WIDTH, batch, build, count_hooks, gradients
 from local.rules import RULES, attached, rule
 from localexit import LocalModel, attach, load_exits, save_exits
 from localexit.feedback import Feedback, LogitAnchors, make_feedback, rule_options
+from localexit.local.schedule import ExitSchedule
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "dense": {"rank": 5, "gain": 0.5},
@@ -60,12 +61,14 @@ def reloaded(local: LocalModel, folder: Path, **options: Any) -> LocalModel:
 @pytest.mark.parametrize("exit_norm", ["shared", "copy", "none"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_reloaded_model_has_the_same_exits_and_takes_the_same_step(name: str, exit_norm: str, tmp_path: Path) -> None:
-    before = trained(name, exit_norm=exit_norm, exits=[0, 2], exit_weights=[0.5, 2.0], z_loss=0.01)
+    schedule = ExitSchedule(token_share=0.5, warmup=(0, 4))
+    before = trained(name, exit_norm=exit_norm, exits=[0, 2], exit_weights=[0.5, 2.0], z_loss=0.01, schedule=schedule)
     after = reloaded(before, tmp_path)
     ids, _ = batch(3)
     for index in range(2):
         assert torch.equal(before.eval().exit_logits(index, ids), after.eval().exit_logits(index, ids))
     assert after.exit_weights == (0.5, 2.0)
+    assert after.schedule == schedule
     assert torch.equal(step(before.train(), 4), step(after.train(), 4))
     expected, got = gradients(before), gradients(after)
     assert expected.keys() == got.keys()
@@ -134,6 +137,7 @@ def change(path: Path, settings: Callable[[dict[str, Any]], Any]) -> None:
         (lambda _: {}, r"it does not say how .*KeyError"),
         (lambda old: old | {"exits": 3}, "it does not say how"),
         (lambda old: old | {"feedback": "mirror"}, "it does not say how"),
+        (lambda old: old | {"schedule": {"warmup": 1, "luck": 2}}, "it does not say how"),
         (lambda old: old | {"exit_norm": "layer"}, "exit_norm must be one of"),
         (lambda old: old | {"feedback": old["feedback"] | {"name": "dense", "options": {}}}, "does not fit the exits"),
         (lambda old: old | {"feedback": old["feedback"] | {"vocab_size": 10**15}}, "which this model does not have"),

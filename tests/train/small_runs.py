@@ -46,7 +46,7 @@ def small_config(text: Path, **changes: Any) -> TrainConfig:
         "eval_tokens": 256,
         "checkpoint_every": 3,
         "sample_tokens": 4,
-        "tensorboard": False,
+        "track": "none",
         "device": "cpu",
     }
     return TrainConfig(**{**options, **changes})

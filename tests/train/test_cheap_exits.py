@@ -57,7 +57,7 @@ def test_a_unit_whose_exit_sits_out_is_not_stepped() -> None:
 
 
 def test_a_run_with_cheap_exits_is_recorded_and_reported(text: Path, cache_dir: Path, tmp_path: Path) -> None:
-    config = small_config(text, exits_per_step=1, token_share=0.5, tensorboard=True)
+    config = small_config(text, exits_per_step=1, token_share=0.5, track="tensorboard")
     run = train_quietly(config, tmp_path / "run", cache_dir).run.path
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["kind"] == "train"]

@@ -33,7 +33,7 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_run_leaves_what_it_promises(text: Path, cache_dir: Path, tmp_path: Path) -> None:
-    config = small_config(text, tensorboard=True)
+    config = small_config(text, track="tensorboard")
     outcome = train_quietly(config, tmp_path / "run", cache_dir)
     run = outcome.run.path
     assert outcome.status == "finished"

@@ -18,7 +18,7 @@ SAME_FOR_ALL = frozenset(
     {
         *("data", "model", "vocab_size", "feedback", "backward", "train_blocks", "steps", "batch_size", "accumulate"),
         *("context", "seed", "precision", "device", "threads", "log_every", "eval_every", "eval_tokens"),
-        *("checkpoint_every", "prompt", "sample_tokens", "tensorboard"),
+        *("checkpoint_every", "prompt", "sample_tokens", "track"),
     }
 )
 SETTINGS = tuple(f.name for f in fields(TrainConfig) if f.name not in SAME_FOR_ALL)

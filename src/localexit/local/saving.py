@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from localexit.feedback import RULES, Feedback, make_feedback, rule_options
 from localexit.local.attach import attach
 from localexit.local.model import LocalModel
+from localexit.local.schedule import ExitSchedule
 
 EXITS_FILE = "exits.safetensors"
 FORMAT = "1"
@@ -67,10 +69,18 @@ def load_exits(
         loss = {name: settings[name] for name in ("label_smoothing", "z_loss")}
         norm = _exit_norm(settings["exit_norm"], exit_norm)
         rule = _rule(settings["feedback"], feedback, model)
+        schedule = _schedule(settings["schedule"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: it does not say how its exits were attached ({error!r}); it is damaged") from error
     local = attach(
-        model, feedback=rule, exits=exits, exit_norm=norm, backward=backward, exit_weights=weights, seed=0, **loss
+        model,
+        feedback=rule,
+        exits=exits,
+        exit_norm=norm,
+        backward=backward,
+        exit_weights=weights,
+        schedule=schedule,
+        **loss,
     )
     try:
         restore_exits(local, folder)
@@ -105,6 +115,7 @@ def _settings(local: LocalModel) -> dict[str, Any]:
         "exits": [exit_.block_index for exit_ in local.exits],
         "exit_norm": local.exit_norm,
         "exit_weights": local.exit_weights,
+        "schedule": asdict(local.schedule),
         "feedback": {
             "name": rule.name,
             "hidden_size": rule.hidden_size,
@@ -142,6 +153,11 @@ def _exit_norm(name: str | None, given: nn.Module | None) -> str | nn.Module:
     if name is not None and given is not None:
         raise ValueError(f"exit_norm: the exits were attached with {name!r}, which needs no module; leave it out")
     return name or given or ""
+
+
+def _schedule(saved: Mapping[str, Any]) -> ExitSchedule:
+    warmup = saved["warmup"]
+    return ExitSchedule(**{**saved, "warmup": tuple(warmup) if isinstance(warmup, list) else warmup})
 
 
 def _rule(saved: Mapping[str, Any], given: Feedback | None, model: nn.Module) -> Feedback:

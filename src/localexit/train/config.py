@@ -27,9 +27,10 @@ OptimizerTiming = Literal["after_backward", "in_backward"]
 Precision = Literal["auto", "fp32", "bf16"]
 NonFinite = Literal["stop", "skip"]
 UnembeddingInit = Literal["random", "codes"]
+TRACKERS = ("tensorboard", "trackio", "wandb")
 
 # They say where and how fast a run computes, not what, or what to do about what ended it: a resume may change them.
-FREE_ON_RESUME = frozenset({"device", "threads", "non_finite", "max_skipped"})
+FREE_ON_RESUME = frozenset({"device", "threads", "non_finite", "max_skipped", "track"})
 # Fields that runs of the first version do not have, and what those runs did.
 _ADDED_FIELDS: Mapping[str, Any] = {
     "unembedding_std": 0.02,
@@ -145,7 +146,7 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints; the last step always has one.
         prompt: what samples continue; the beginning of the validation text by default.
         sample_tokens: length of the samples, 0 for none.
-        tensorboard: write the metrics to TensorBoard too.
+        track: who gets the metrics besides the run's folder: tensorboard, trackio, wandb, several with commas, or none.
     """
 
     data: str = "stdlib"
@@ -189,7 +190,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     prompt: str | None = None
     sample_tokens: int = 96
-    tensorboard: bool = True
+    track: str = "tensorboard"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_tokens", "checkpoint_every"):
@@ -214,6 +215,7 @@ class TrainConfig:
         self._check_optimizer()
         self._check_codes()
         exit_indices(self.exits)
+        tracker_names(self.track)
         if self.optimizer == "in_backward":
             self._check_in_backward()
 
@@ -268,6 +270,9 @@ class TrainConfig:
         """
         known = {field.name for field in fields(cls)}
         content = {**_ADDED_FIELDS, **content}
+        if "tensorboard" in content:
+            # Its name in runs that could tell nobody else.
+            content["track"] = "tensorboard" if content.pop("tensorboard") else "none"
         if set(content) != known:
             odd = ", ".join(sorted(set(content) ^ known))
             raise ValueError(
@@ -305,6 +310,18 @@ def exit_indices(exits: str) -> str | tuple[int, ...]:
         return tuple(int(part) for part in exits.split(","))
     except ValueError:
         raise ValueError(f"exits must be 'every', 'every:K' or block indices such as 1,3,5, got {exits!r}") from None
+
+
+def tracker_names(track: str) -> tuple[str, ...]:
+    """The trackers that `track` names, none for "none".
+
+    Raises:
+        ValueError: a name that is none, or twice the same.
+    """
+    names = () if track == "none" else tuple(name.strip() for name in track.split(","))
+    if not set(names) <= set(TRACKERS) or len(set(names)) < len(names):
+        raise ValueError(f"track must be none, or of {', '.join(TRACKERS)} each at most once, got {track!r}")
+    return names
 
 
 def parse_options(text: str) -> tuple[tuple[str, Any], ...]:

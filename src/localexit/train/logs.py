@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard, and the terminal."""
+"""What a run tells: `metrics.jsonl`, and the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -17,9 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from localexit.train.cache import written_atomically
 from localexit.train.evaluate import Validation
 from localexit.train.trainer import StepResult
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 # Where lines replace the progress bar, seconds between two of them.
 LINE_INTERVAL = 10.0
@@ -102,41 +99,6 @@ def _is_kept(line: bytes, step: int) -> bool:
         return line.endswith(b"\n") and (record["kind"] == "event" or record["step"] <= step)
     except (ValueError, KeyError, TypeError):
         return False
-
-
-class Board:
-    """The same numbers for TensorBoard.
-
-    Args:
-        folder: of the event files.
-        first_step: what an earlier process wrote from this step on is superseded.
-    """
-
-    def __init__(self, folder: Path, *, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: SummaryWriter = SummaryWriter(str(folder), purge_step=first_step or None)
-
-    def train(self, result: StepResult) -> None:
-        """A training step."""
-        self._add("loss/train/exit", result.losses, result.step)
-        self._add("grad_norm", result.grad_norms, result.step)
-        self._writer.add_scalar("lr", result.lr, result.step)
-        self._writer.add_scalar("tokens_per_second", result.tokens_per_second, result.step)
-
-    def valid(self, step: int, validation: Validation) -> None:
-        """A validation."""
-        self._add("loss/valid/exit", validation.loss, step)
-        self._add("accuracy/valid/exit", validation.accuracy, step)
-
-    def close(self) -> None:
-        """Write out what is buffered."""
-        self._writer.close()
-
-    def _add(self, name: str, values: tuple[float | None, ...], step: int) -> None:
-        for index, value in enumerate(values):
-            if value is not None:
-                self._writer.add_scalar(f"{name}_{index}", value, step)
 
 
 class Display:

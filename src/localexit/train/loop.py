@@ -30,13 +30,14 @@ from localexit.train.evaluate import validate
 from localexit.train.export import export_model
 from localexit.train.folder import RunFolder, versions
 from localexit.train.launch import world_rank
-from localexit.train.logs import Board, Display, MetricsLog, drop_after
+from localexit.train.logs import Display, MetricsLog, drop_after
 from localexit.train.models import attach_exits, build_model
 from localexit.train.preflight import check_shared_batch, check_start
 from localexit.train.presets import PRESETS
 from localexit.train.ranks import Ranks, joined
 from localexit.train.sharded import gathered_state, save_sharded
 from localexit.train.stop import StopRequest
+from localexit.train.trackers import Trackers
 from localexit.train.trainer import NonFiniteError, RunFailedError, Trainer
 
 PROMPT_TOKENS = 16
@@ -69,7 +70,7 @@ class _Run:
     data: RunData
     trainer: Trainer
     log: MetricsLog
-    board: Board | None
+    trackers: Trackers
     display: Display
     prompt: str
     saved_step: int | None
@@ -215,10 +216,8 @@ def _started(
     with ExitStack() as stack:
         log = MetricsLog(folder.metrics if ranks.is_main else Path(os.devnull))
         stack.callback(log.close)
-        has_board = config.tensorboard and ranks.is_main
-        board = Board(folder.tensorboard, first_step=trainer.step) if has_board else None
-        if board is not None:
-            stack.callback(board.close)
+        trackers = Trackers.of_run(folder, config, first_step=trainer.step) if ranks.is_main else Trackers(())
+        stack.callback(trackers.close)
         lines.append(_description(config, trainer))
         log.event(trainer.step, "resumed" if resume else "started", "; ".join(lines))
         display = Display(console, num_steps=config.steps, first_step=trainer.step)
@@ -232,7 +231,7 @@ def _started(
             data=data,
             trainer=trainer,
             log=log,
-            board=board,
+            trackers=trackers,
             display=stack.enter_context(display),
             prompt=prompt,
             saved_step=saved_step,
@@ -300,8 +299,7 @@ def _step(run: _Run) -> None:
     run.display.step(result)
     if is_last or result.step % config.log_every == 0:
         run.log.train(result)
-        if run.board is not None:
-            run.board.train(result)
+        run.trackers.train(result)
     if is_last or result.step % config.eval_every == 0:
         _validate(run)
     if is_last or result.step % config.checkpoint_every == 0:
@@ -327,8 +325,7 @@ def _validate(run: _Run) -> None:
         )
     run.log.valid(trainer.step, trainer.tokens, validation)
     run.display.valid(trainer.step, validation)
-    if run.board is not None:
-        run.board.valid(trainer.step, validation)
+    run.trackers.valid(trainer.step, validation)
     if config.sample_tokens:
         sampling = Sampling(max_new_tokens=config.sample_tokens, seed=config.seed)
         text = sample_text(trainer.local, run.data.tokenizer, run.prompt, sampling=sampling)

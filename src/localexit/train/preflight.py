@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from localexit.train.config import TrainConfig
+from importlib.util import find_spec
+
+from localexit.train.config import TrainConfig, tracker_names
 from localexit.train.corpus import check_source
 from localexit.train.folder import RunFolder
 from localexit.train.launch import world_size
@@ -13,7 +15,7 @@ def check_start(config: TrainConfig, folder: RunFolder, *, resume: bool) -> None
     """Refuse a run whose folder, model's name or text's path is wrong.
 
     Raises:
-        ValueError: one of them is, or the folder's run has another configuration.
+        ValueError: one of them is, the folder's run has another configuration, or a tracker is not installed.
         FileNotFoundError: there is no such text.
     """
     if resume:
@@ -22,6 +24,7 @@ def check_start(config: TrainConfig, folder: RunFolder, *, resume: bool) -> None
         folder.check_new()
     resolve_name(config.model)
     check_source(config.data)
+    check_trackers(config.track)
 
 
 def check_shared_batch(config: TrainConfig) -> None:
@@ -35,6 +38,19 @@ def check_shared_batch(config: TrainConfig) -> None:
             f"batch_size: expected a multiple of the {world_size()} processes that share a batch, got "
             f"{config.batch_size}; pass a multiple, or start another number of processes"
         )
+
+
+def check_trackers(track: str) -> None:
+    """Refuse a tracker whose package is not installed.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name in tracker_names(track):
+        if find_spec(name) is None:
+            raise ValueError(
+                f"track: expected installed packages, got {name!r}, which is not; pip install {name}, or leave it out"
+            )
 
 
 def check_same_config(mine: TrainConfig, theirs: TrainConfig) -> None:
