@@ -46,7 +46,7 @@ class LogitAnchors(Sampling):
         sampled: bool = False,
         num_anchors: int | None = None,
         ridge: float = 1e-4,
-        topk: int = 16,
+        topk: int = 8,
         num_draws: int = 16,
         seed: int | None = 0,
     ) -> None:

@@ -108,7 +108,7 @@ class WeightMirror(_Rows):
         update_every: int = 1,
         ridge: float = 1e-3,
         storage: Storage = "fp32",
-        topk: int = 16,
+        topk: int = 8,
         num_draws: int = 16,
         seed: int | None = 0,
     ) -> None:
@@ -201,7 +201,7 @@ class WeightTransport(_Rows):
         vocab_size: int,
         *,
         sampled: bool = False,
-        topk: int = 16,
+        topk: int = 8,
         num_draws: int = 16,
         seed: int | None = 0,
     ) -> None:
