@@ -28,8 +28,8 @@ ROOMS: dict[str, set[str]] = {
     "local": {"_checks", "feedback", "exits"},
     "inference": {"_values", "local"},
     "integrations": {"local"},
-    "measure": {"_checks", "feedback", "exits", "local", "train"},
-    "train": {"_checks", "_files", "_rules", "_values", "feedback", "exits", "local", "inference"},
+    "measure": {"_checks", "feedback", "exits", "local"},
+    "train": {"_checks", "_files", "_rules", "_values", "feedback", "exits", "local", "inference", "measure"},
     "report": {"_checks", "_files", "_text", "feedback"},
     "bench": {"_rules", "_values", "feedback", "exits", "train", "report"},
     "compare": {

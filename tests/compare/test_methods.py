@@ -16,7 +16,13 @@ def test_every_rule_and_the_controls() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["mirror_sampled:topk=8,num_draws=4@lr=0.002,exits=every:2", "direct", "backprop@clip=2"]
+    "text",
+    [
+        "mirror_sampled:topk=8,num_draws=4@lr=0.002,exits=every:2",
+        "direct",
+        "backprop@clip=2",
+        "transport@exit_weights=0.5/1/2",
+    ],
 )
 def test_written_form_reads_back(text: str) -> None:
     assert str(Method.parse(text)) == text
@@ -45,6 +51,10 @@ def test_controls() -> None:
     direct = Method.parse("direct").config(BASE, {})
     assert (direct.backward, str(direct.feedback)) == ("direct", "dense:rank=128")
     assert str(Method.parse("direct:rank=4").config(BASE, {}).feedback) == "dense:rank=4"
+
+
+def test_several_numbers() -> None:
+    assert Method.parse("transport@exit_weights=0.5/1/2").config(BASE, {}).exit_weights == (0.5, 1.0, 2.0)
 
 
 def test_exits_are_text_though_they_look_like_numbers() -> None:

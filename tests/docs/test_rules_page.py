@@ -50,13 +50,6 @@ def test_readme_quality_is_that_of_the_rules_page() -> None:
             assert row[column] == (found[0] if found else ""), (row["rule"], column)
 
 
-def test_differences_follow_from_the_losses() -> None:
-    rows = table(section(page("rules.md"), "Measured quality"), "rule")
-    losses = {row["rule"]: float(found[0]) for row in rows if (found := re.match(NUMBER, row["B: loss"]))}
-    told = {row["rule"]: float(found[0]) for row in rows if (found := re.match(NUMBER, row["B: difference"]))}
-    assert told == {rule: pytest.approx(loss - losses["transport"], abs=5e-4) for rule, loss in losses.items()}
-
-
 def test_choices_of_attach() -> None:
     rows = table(section(page("your-model.md"), "Choices"), "argument")
     told = {row["argument"]: ast.literal_eval(row["default"].strip("`")) for row in rows}

@@ -137,3 +137,9 @@ def test_codes_do_not_overwrite_a_trained_unembedding() -> None:
 def test_exits_are_written_as_attach_takes_them() -> None:
     assert exit_indices("every:2") == "every:2"
     assert exit_indices("1,3,-1") == (1, 3, -1)
+
+
+def test_controls_have_no_feedback_to_diagnose() -> None:
+    with pytest.raises(ValueError, match="diagnose_every is for stream and deferred"):
+        TrainConfig(diagnose_every=3, backward="joint")
+    assert TrainConfig(diagnose_every=3, backward="deferred").diagnose_every == 3

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,30 @@ def test_the_records_have_the_fields_the_report_reads(text: Path, cache_dir: Pat
     assert read.corpus["valid_tokens"] > 0
     assert exits_table(read).row_count == 2
     assert write_report([run]).is_file()
+
+
+def test_feedback_is_diagnosed_during_training(text: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """Records, TensorBoard and report have it; the training itself is bit by bit what it is without."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from localexit.report import read_run
+    from localexit.report.plots import gradient_cosines
+
+    plain = small_config(text, feedback=FeedbackSpec.parse("mirror"))
+    config = replace(plain, diagnose_every=4, track="tensorboard")
+    run = train_quietly(config, tmp_path / "run", cache_dir).run.path
+    other = train_quietly(plain, tmp_path / "other", cache_dir).run.path
+    assert without_times(records(run, "train", "valid")) == without_times(records(other, "train", "valid"))
+    read = read_run(run)
+    found = read.records.diagnoses
+    assert found.step.tolist() == [4, 6]
+    assert found.gradient_cosine.shape == found.bias_ratio.shape == (2, 2)
+    assert 0 < found.rows_error[1] < found.rows_error[0] < 1
+    assert gradient_cosines(read) is not None
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert {"feedback/gradient_cosine/exit_0", "feedback/bias_ratio/exit_1", "feedback/rows_error"} <= set(
+        board.Tags()["scalars"]
+    )
 
 
 @pytest.mark.parametrize("content", ["file", "folder", "link"])

@@ -18,7 +18,7 @@ SAME_FOR_ALL = frozenset(
     {
         *("data", "model", "vocab_size", "feedback", "backward", "train_blocks", "steps", "batch_size", "accumulate"),
         *("context", "seed", "precision", "device", "threads", "log_every", "eval_every", "eval_tokens"),
-        *("checkpoint_every", "prompt", "sample_tokens", "track"),
+        *("diagnose_every", "checkpoint_every", "prompt", "sample_tokens", "track"),
     }
 )
 SETTINGS = tuple(f.name for f in fields(TrainConfig) if f.name not in SAME_FOR_ALL)
@@ -85,7 +85,7 @@ class Method:
 
     def __str__(self) -> str:
         options = str(self._spec()).removeprefix(self.rule)
-        settings = ",".join(f"{key}={value}" for key, value in self.settings)
+        settings = ",".join(f"{key}={_written(value)}" for key, value in self.settings)
         return f"{self.name}{options}{f'@{settings}' if settings else ''}"
 
     @classmethod
@@ -101,8 +101,7 @@ class Method:
             return cls(
                 name=name,
                 options=parse_options(options),
-                # Block indices look like numbers, and are not.
-                settings=tuple((k, str(v) if k == "exits" else v) for k, v in parse_options(settings)),
+                settings=tuple((key, _setting(key, value)) for key, value in parse_options(settings)),
             )
         except SyntaxError:
             raise ValueError(
@@ -131,6 +130,19 @@ class Method:
 
     def _spec(self) -> FeedbackSpec:
         return FeedbackSpec(name=self.rule, options=self.options)
+
+
+def _setting(key: str, value: Any) -> Any:
+    """What was read, as `TrainConfig` has it: block indices are text, several numbers are written 1/2/3."""
+    if key == "exits":
+        return str(value)
+    if key in ("exit_weights", "betas"):
+        return tuple(float(part) for part in str(value).split("/"))
+    return value
+
+
+def _written(value: Any) -> str:
+    return "/".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
 
 
 def method_names() -> tuple[str, ...]:

@@ -37,7 +37,7 @@ class Stage:
     lr_factor: float = 1.0
 
 
-# More than 16,384 targets: each window's first token is none.
+# More than 16,384 targets: the first token of each window is none.
 DIAGNOSE_TOKENS = 17408
 
 

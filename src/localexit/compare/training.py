@@ -17,11 +17,9 @@ from localexit.bench.record import current_commit
 from localexit.compare.cells import Cell, Validation
 from localexit.compare.costs import counted_flops, exit_flops, feedback_bytes
 from localexit.compare.plans import Job
-from localexit.measure import Diagnosis, Diagnostician
-from localexit.train.batches import valid_batches
 from localexit.train.data import RunData, load_data
-from localexit.train.devices import autocast, device_name, resolve_device, resolve_precision
-from localexit.train.evaluate import validate
+from localexit.train.devices import device_name, resolve_device, resolve_precision
+from localexit.train.evaluate import diagnose_feedback, validate
 from localexit.train.folder import versions
 from localexit.train.loop import make_trainer
 from localexit.train.trainer import NonFiniteError, Trainer
@@ -107,7 +105,14 @@ def _train(job: Job, trainer: Trainer, data: RunData, measured: _Measured, deadl
         if trainer.step % every == 0 or trainer.step == steps:
             measured.valid.append(_validate(trainer, data))
         if trainer.step in job.diagnose_steps:
-            diagnosis = _diagnose(trainer, data, job.diagnose_tokens)
+            diagnosis = diagnose_feedback(
+                trainer.local,
+                data.valid,
+                batch_size=job.config.batch_size,
+                context=job.config.context,
+                max_tokens=job.diagnose_tokens,
+                precision=trainer.precision,
+            )
             measured.diagnostics.append({"step": trainer.step, **diagnosis.to_json()})
 
 
@@ -137,16 +142,6 @@ def _validate(trainer: Trainer, data: RunData) -> Validation:
     if not all(map(math.isfinite, loss)):
         raise NonFiniteError(f"step {trainer.step}: expected finite validation losses, got {list(loss)}")
     return Validation(step=trainer.step, tokens=trainer.tokens, loss=loss)
-
-
-def _diagnose(trainer: Trainer, data: RunData, max_tokens: int) -> Diagnosis:
-    """On validation text, in batches of the training's size."""
-    config, diagnostician = trainer.config, Diagnostician(trainer.local)
-    batches = valid_batches(data.valid, batch_size=config.batch_size, context=config.context, max_tokens=max_tokens)
-    for ids in batches:
-        with autocast(trainer.device, trainer.precision):
-            diagnostician.add(ids.to(trainer.device))
-    return diagnostician.result()
 
 
 def _exit_flops_per_token(trainer: Trainer) -> float:

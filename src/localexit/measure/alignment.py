@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -68,6 +68,11 @@ class Diagnosis:
     num_batches: int
     rows_cosine: float | None
     rows_error: float | None
+
+    def by_exit(self) -> dict[str, tuple[float, ...]]:
+        """Every number of the exits by its name, first exit first."""
+        names = [field_.name for field_ in fields(ExitDiagnosis) if field_.name != "exit"]
+        return {name: tuple(getattr(exit_, name) for exit_ in self.exits) for name in names}
 
     def to_json(self) -> dict[str, Any]:
         """Every field, in types that JSON has."""

@@ -43,6 +43,7 @@ def run_charts(run: Run) -> tuple[Chart, ...]:
         loss_by_depth(run),
         early_exit_loss(run),
         early_exit_accuracy(run),
+        gradient_cosines(run),
         gradient_norms(run),
         throughput(run),
         learning_rate(run),
@@ -165,6 +166,33 @@ def _early_exits(run: Run, quantity: str, *, name: str, title: str) -> Chart | N
         "threshold of confidence. Blocks are counted up to the exit that writes; those after it catch up later.",
         alt=f"Line chart of {quantity} against the average number of blocks of {evaluation.num_blocks}, at "
         f"{len(early['threshold'])} thresholds.",
+    )
+
+
+@figure_style()
+def gradient_cosines(run: Run) -> Chart | None:
+    """Cosine of the blocks' gradients with the exact ones over the steps, where feedback was compared with it."""
+    found = run.records.diagnoses
+    colors = exit_colors(run.num_exits)
+    x, cosines = thinned(found.step, found.gradient_cosine)
+    curves = [
+        Curve(x=x, y=y, color=color, width=1.3, label=f"exit {index}")
+        for index, (y, color) in enumerate(zip(cosines.T, colors, strict=False))
+    ]
+    if not has_numbers(curves):
+        return None
+    figure, axes = canvas(*SMALL, right=0.95)
+    draw(axes, curves)
+    scale_steps(axes, curves, "step")
+    axes.set_ylim(min(0.0, 1.05 * float(np.nanmin(cosines))), 1.05)
+    label_ends(axes, curves, strong="last")
+    return rendered(
+        figure,
+        curves,
+        name="gradient_cosines",
+        title="Blocks' gradients: cosine with the exact ones",
+        caption="1: the feedback makes of the blocks what the exact gradient would.",
+        alt=f"Line chart of the cosine of the blocks' gradients with the exact ones for {run.num_exits} exits.",
     )
 
 

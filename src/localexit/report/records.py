@@ -65,6 +65,31 @@ class ValidRecords:
     accuracy: Floats
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DiagnosisRecords:
+    """How close the feedback was to the exact gradient.
+
+    Attributes:
+        step: [T] optimiser steps, strictly increasing.
+        gradient_cosine: [T, L] of the blocks' gradients with the exact ones, averaged over batches before.
+        batch_gradient_cosine: [T, L] the same of single batches.
+        feedback_cosine: [T, L] of feedback and exact gradient, mean over tokens.
+        norm_ratio: [T, L] of their sizes.
+        bias_ratio: [T, L] size of their mean difference over that of the mean exact gradient.
+        rows_cosine: [T] of W and the matrix that stands in for it; NaN where there is none.
+        rows_error: [T] distance of a mirror from W, relative to W; NaN where there is none.
+    """
+
+    step: Ints
+    gradient_cosine: Floats
+    batch_gradient_cosine: Floats
+    feedback_cosine: Floats
+    norm_ratio: Floats
+    bias_ratio: Floats
+    rows_cosine: Floats
+    rows_error: Floats
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """Text that exit `exit` wrote after `prompt` at `step`."""
@@ -89,7 +114,7 @@ class Records:
     """The records of one run.
 
     Attributes:
-        train, valid, samples, events: the records, by kind.
+        train, valid, diagnoses, samples, events: the records, by kind.
         num_replaced: training and validation records left out because a resume went back before them.
         unknown_kinds: how many records of kinds unknown to this version there are, by kind.
         is_truncated: whether the last line was cut off in the middle of a write, and left out.
@@ -97,6 +122,7 @@ class Records:
 
     train: TrainRecords
     valid: ValidRecords
+    diagnoses: DiagnosisRecords
     samples: tuple[Sample, ...]
     events: tuple[Event, ...]
     num_replaced: int
@@ -113,6 +139,11 @@ def read_records(path: Path) -> Records:
     """
     train = _Columns(whole=("step", "tokens"), real=("seconds", "lr", "tokens_per_second"), rows=("loss", "grad_norm"))
     valid = _Columns(whole=("step", "tokens"), real=(), rows=("loss", "bits_per_byte", "accuracy"))
+    diagnoses = _Columns(
+        whole=("step",),
+        real=("rows_cosine", "rows_error"),
+        rows=("gradient_cosine", "batch_gradient_cosine", "feedback_cosine", "norm_ratio", "bias_ratio"),
+    )
     samples: list[Sample] = []
     events: list[Event] = []
     unknown_kinds: Counter[str] = Counter()
@@ -125,6 +156,8 @@ def read_records(path: Path) -> Records:
                     train.append(record)
                 case "valid":
                     valid.append(record)
+                case "diagnosis":
+                    diagnoses.append(record)
                 case "sample":
                     samples.append(_sample(record))
                 case "event":
@@ -141,6 +174,7 @@ def read_records(path: Path) -> Records:
     return Records(
         train=TrainRecords(**train_arrays),
         valid=ValidRecords(**valid_arrays),
+        diagnoses=DiagnosisRecords(**diagnoses.arrays()),
         samples=_latest_samples(samples),
         events=tuple(events),
         num_replaced=len(train) + len(valid) - len(train_arrays["step"]) - len(valid_arrays["step"]),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ExitNorm = Literal["shared", "copy", "none"]
 Backward = Literal["stream", "deferred", "joint", "direct"]
+LOCAL_BACKWARDS = ("stream", "deferred")
 Decay = Literal["linear", "cosine"]
 OptimizerTiming = Literal["after_backward", "in_backward"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -43,6 +44,7 @@ _ADDED_FIELDS: Mapping[str, Any] = {
     "exits_per_step": None,
     "token_share": 1.0,
     "shard": False,
+    "diagnose_every": 0,
 }
 
 
@@ -144,6 +146,8 @@ class TrainConfig:
         eval_every: steps between validations; the last step always has one.
         eval_tokens: validation tokens to use, spread over the text.
         checkpoint_every: steps between checkpoints; the last step always has one.
+        diagnose_every: steps between comparisons of the feedback with the exact gradient, the last step included; 0 for
+            none. Each costs as much as some dozens of steps.
         prompt: what samples continue; the beginning of the validation text by default.
         sample_tokens: length of the samples, 0 for none.
         track: who gets the metrics besides the run's folder: tensorboard, trackio, wandb, several with commas, or none.
@@ -188,6 +192,7 @@ class TrainConfig:
     eval_every: int = 100
     eval_tokens: int = 16384
     checkpoint_every: int = 100
+    diagnose_every: int = 0
     prompt: str | None = None
     sample_tokens: int = 96
     track: str = "tensorboard"
@@ -195,7 +200,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_tokens", "checkpoint_every"):
             _values.count(name, getattr(self, name), minimum=1)
-        for name in ("warmup_steps", "exit_warmup", "max_skipped", "sample_tokens", "seed"):
+        for name in ("warmup_steps", "exit_warmup", "max_skipped", "sample_tokens", "seed", "diagnose_every"):
             _values.count(name, getattr(self, name), minimum=0)
         for name in ("vocab_size", "exits_per_step", "threads"):
             if getattr(self, name) is not None:
@@ -214,6 +219,11 @@ class TrainConfig:
         _values.loss_options("mean", self.label_smoothing, self.z_loss, None)
         self._check_optimizer()
         self._check_codes()
+        if self.diagnose_every and self.backward not in LOCAL_BACKWARDS:
+            raise ValueError(
+                f"diagnose_every is for {' and '.join(LOCAL_BACKWARDS)}, where a feedback replaces the gradient of a "
+                f"unit's own exit, got {self.diagnose_every} with backward={self.backward!r}; pass 0"
+            )
         exit_indices(self.exits)
         tracker_names(self.track)
         if self.optimizer == "in_backward":

@@ -1,4 +1,4 @@
-"""Loss and accuracy of every exit on the validation text."""
+"""Loss and accuracy of every exit on the validation text, and how good its feedback is there."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import torch
 
 from localexit.exits import DataParallel
 from localexit.local import LocalModel
+from localexit.measure import Diagnosis, Diagnostician
 from localexit.train.batches import valid_batches
 from localexit.train.devices import autocast
 from localexit.train.tokens import TokenStream
+
+# More than 16,384 targets: the first token of each window is none.
+DIAGNOSE_TOKENS = 17408
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,3 +75,29 @@ def validate(
         accuracy=tuple(accuracy),
         num_tokens=int(count),
     )
+
+
+def diagnose_feedback(
+    local: LocalModel,
+    stream: TokenStream,
+    *,
+    batch_size: int,
+    context: int,
+    max_tokens: int = DIAGNOSE_TOKENS,
+    precision: torch.dtype = torch.float32,
+) -> Diagnosis:
+    """Feedback against the exact gradient over at most `max_tokens` validation tokens; always the same ones.
+
+    Args:
+        local: the model, not a control.
+        stream: validation tokens.
+        batch_size: windows at a time; a training batch, for what a rule does with a whole batch.
+        context: tokens a window.
+        max_tokens: cap, spread evenly over the text.
+        precision: bf16 runs under autocast.
+    """
+    device, diagnostician = local.unembedding.weight.device, Diagnostician(local)
+    for ids in valid_batches(stream, batch_size=batch_size, context=context, max_tokens=max_tokens):
+        with autocast(device, precision):
+            diagnostician.add(ids.to(device))
+    return diagnostician.result()

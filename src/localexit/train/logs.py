@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from localexit.measure import Diagnosis
 from localexit.train.cache import written_atomically
 from localexit.train.evaluate import Validation
 from localexit.train.trainer import StepResult
@@ -54,6 +55,16 @@ class MetricsLog:
             loss=validation.loss,
             bits_per_byte=validation.bits_per_byte,
             accuracy=validation.accuracy,
+        )
+
+    def diagnosis(self, step: int, diagnosis: Diagnosis) -> None:
+        """The feedback against the exact gradient: a number an exit, and two of the matrix that stands in for W."""
+        self._write(
+            "diagnosis",
+            step,
+            **diagnosis.by_exit(),
+            rows_cosine=diagnosis.rows_cosine,
+            rows_error=diagnosis.rows_error,
         )
 
     def sample(self, step: int, *, prompt: str, text: str, exit_index: int) -> None:

@@ -26,7 +26,7 @@ from localexit.train.checkpoint import load_newest, save_checkpoint
 from localexit.train.config import TrainConfig, exit_indices
 from localexit.train.data import RunData, load_data
 from localexit.train.devices import device_name, resolve_device, resolve_precision
-from localexit.train.evaluate import validate
+from localexit.train.evaluate import diagnose_feedback, validate
 from localexit.train.export import export_model
 from localexit.train.folder import RunFolder, versions
 from localexit.train.launch import world_rank
@@ -302,6 +302,8 @@ def _step(run: _Run) -> None:
         run.trackers.train(result)
     if is_last or result.step % config.eval_every == 0:
         _validate(run)
+    if config.diagnose_every and (is_last or result.step % config.diagnose_every == 0):
+        _diagnose(run)
     if is_last or result.step % config.checkpoint_every == 0:
         _checkpoint(run)
 
@@ -330,6 +332,19 @@ def _validate(run: _Run) -> None:
         sampling = Sampling(max_new_tokens=config.sample_tokens, seed=config.seed)
         text = sample_text(trainer.local, run.data.tokenizer, run.prompt, sampling=sampling)
         run.log.sample(trainer.step, prompt=run.prompt, text=text, exit_index=trainer.local.num_exits - 1)
+
+
+def _diagnose(run: _Run) -> None:
+    trainer, config = run.trainer, run.config
+    diagnosis = diagnose_feedback(
+        trainer.local,
+        run.data.valid,
+        batch_size=config.batch_size,
+        context=config.context,
+        precision=trainer.precision,
+    )
+    run.log.diagnosis(trainer.step, diagnosis)
+    run.trackers.diagnosis(trainer.step, diagnosis)
 
 
 def _checkpoint(run: _Run) -> None:

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from localexit.measure import Diagnosis
 from localexit.train.config import TrainConfig, tracker_names
 from localexit.train.evaluate import Validation
 from localexit.train.folder import RunFolder
@@ -113,6 +114,14 @@ class Trackers:
         """A validation."""
         accuracy = by_index("accuracy/valid/exit", validation.accuracy)
         self._log({**by_index("loss/valid/exit", validation.loss), **accuracy}, step)
+
+    def diagnosis(self, step: int, diagnosis: Diagnosis) -> None:
+        """The feedback against the exact gradient."""
+        rows = {"feedback/rows_cosine": diagnosis.rows_cosine, "feedback/rows_error": diagnosis.rows_error}
+        values = {name: value for name, value in rows.items() if value is not None}
+        for name, of_exits in diagnosis.by_exit().items():
+            values |= by_index(f"feedback/{name}/exit", of_exits)
+        self._log(values, step)
 
     def close(self) -> None:
         """Close all, the last one first; if one fails, the others all the same."""
