@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         feedback_names,
         make_feedback,
     )
-    from localexit.local import ExitSchedule, LocalModel, LocalOutput, StepInBackward, load_exits, save_exits
+    from localexit.local import ExitSchedule, LocalModel, LocalOutput, Pipeline, StepInBackward, load_exits, save_exits
     from localexit.local.attach import attach
 
 __version__ = "0.1.0"
@@ -57,6 +57,7 @@ __all__ = [
     "LocalModel",
     "LocalOutput",
     "LogitAnchors",
+    "Pipeline",
     "Sketch",
     "StepInBackward",
     "WeightMirror",

@@ -94,7 +94,7 @@ def test_the_gradient_of_another_units_loss_is_zero(
     local = attached(build(name, 4, is_tied=is_tied), exits=exits)
     losses = local(*batch()).losses
     for i, unit in enumerate(local.units):
-        for j, loss in enumerate(losses):
+        for j, loss in losses.items():
             grads = torch.autograd.grad(loss, unit.parameters(), retain_graph=True, allow_unused=True)
             assert all((grad is not None and grad.any()) if i == j else grad is None for grad in grads)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -141,6 +141,11 @@ class WeightMirror(_Rows):
         """
         earlier = self._pairs.get(exit_index)
         self._pairs[exit_index] = pairs if earlier is None else pairs.merged(earlier, self.num_pairs)
+
+    @property
+    def pairs(self) -> Mapping[int, Pairs]:
+        """What was collected since the last `update()`, by exit."""
+        return self._pairs
 
     def discard(self) -> None:
         """Forget the pairs collected since the last `update()`."""

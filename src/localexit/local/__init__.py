@@ -5,6 +5,7 @@ from localexit.local.discover import Anatomy, discover
 from localexit.local.exits import Exit
 from localexit.local.in_backward import StepInBackward
 from localexit.local.model import LocalModel
+from localexit.local.pipeline import Pipeline
 from localexit.local.saving import load_exits, restore_exits, save_exits
 from localexit.local.schedule import ExitSchedule
 from localexit.local.steps import ExitEvaluation, LocalOutput
@@ -17,6 +18,7 @@ __all__ = [
     "ExitSchedule",
     "LocalModel",
     "LocalOutput",
+    "Pipeline",
     "StepInBackward",
     "Unit",
     "attach",

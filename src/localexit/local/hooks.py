@@ -56,6 +56,7 @@ class BlockHooks:
         self._graphs = unit_graphs(model, blocks, units)
         self._step: Step | None = None
         self._is_done = False
+        self._num_skipped = 0
         self._checked: set[int] = set()
         self._first_inputs: set[Any] = set()
         # What each block returned after its hidden when it last ran outside of training, for `skipping`.
@@ -111,7 +112,9 @@ class BlockHooks:
         Raises:
             ValueError: one of them returns more than its hidden, or has not run before.
         """
+        self._num_skipped = num_blocks
         with ExitStack() as stack:
+            stack.callback(setattr, self, "_num_skipped", 0)
             for index, (name, block) in enumerate(self._blocks[:num_blocks]):
                 if index not in self._rests:
                     raise ValueError(
@@ -151,6 +154,8 @@ class BlockHooks:
             if len(self._checked) < len(self._exits):
                 self._first_inputs.update(map(origin, tensors_requiring_grad((args, kwargs))))
             return None
+        if index < self._num_skipped:
+            return None
         graph = self._graphs[unit.index]
         separate = graph.enter if index == unit.block_indices[0] else graph.keep_own
         return separate(args), separate(kwargs)
@@ -160,6 +165,8 @@ class BlockHooks:
         graph = self._graphs[unit.index]
         if not step.is_training:
             self._remember(index, output)
+        if index < self._num_skipped:
+            return None
         if index != unit.block_indices[-1]:
             graph.add_outputs(tensors_requiring_grad(output))
             return None

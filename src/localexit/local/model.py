@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ from localexit.local.steps import (
     DeferredStep,
     EvaluationStep,
     ExitEvaluation,
+    LocalOutput,
     LogitsStep,
     LossSettings,
     Step,
@@ -358,6 +359,55 @@ class LocalModel(nn.Module):
             self.model(input_ids, **inputs)
         assert step.hidden is not None, "the forward ended at the wanted exit"
         return step.hidden
+
+    def train_units(
+        self,
+        first: int,
+        last: int,
+        /,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        num_items: Tensor | int,
+        hidden: Tensor | None = None,
+        send: Callable[[Tensor], None] | None = None,
+    ) -> LocalOutput:
+        """A training forward through the units `first` to `last` only: those of one stage of a pipeline.
+
+        Args:
+            first: the first unit to train.
+            last: the last one.
+            input_ids: int64 [B, T].
+            labels: int64 [B, T].
+            num_items: what the summed losses are divided by.
+            hidden: [B, T, D'], the hidden states of these tokens after unit `first - 1`; None for `first` 0.
+            send: called with the hidden states after unit `last`, as soon as they are there.
+
+        Returns:
+            As a training forward does, NaN for the exits of other units.
+
+        Raises:
+            ValueError: the model is not attached with backward="stream", or the blocks before unit `first` cannot be
+                left out.
+        """
+        if self.backward_mode != "stream":
+            raise ValueError(
+                f"some units are trained by themselves with backward='stream' only, got {self.backward_mode!r}; attach "
+                f"with that"
+            )
+        step = self._training_step(
+            TrainingInputs(
+                labels=labels, num_items=num_items, token_weight=None, loss_scale=None, args=(input_ids,), kwargs={}
+            )
+        )
+        assert isinstance(step, StreamStep), "what backward='stream' makes"
+        weights = tuple(weight * (first <= index <= last) for index, weight in enumerate(step.batch.weights))
+        step = replace(step, last_exit=last, batch=replace(step.batch, weights=weights), send=send)
+        hooks, num_skipped = self._running_hooks(), self.units[first].block_indices[0]
+        self.feedback.train()
+        with hooks.running(step), hooks.skipping(num_skipped, input_ids if hidden is None else hidden):
+            self._original_forward(input_ids, **self._without_extras({}))
+        return step.output()
 
     @torch.no_grad()
     def logits_from(self, exit_index: int, hidden: Tensor) -> Tensor:

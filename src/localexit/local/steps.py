@@ -199,17 +199,25 @@ class StreamStep(TrainingStep):
         loss_scale: what gradients are multiplied by, for loss scaling in fp16.
         average: takes the means over ranks, where there are several.
         after_unit: called with the index of a unit whose gradients are there.
+        send: called with the hidden after the last unit, before that learns from it.
     """
 
     loss_scale: Tensor | float = 1.0
     average: GradientAverage | None = None
     after_unit: Callable[[int], None] | None = None
+    send: Callable[[Tensor], None] | None = None
     is_in_backward: bool = False
 
     def __post_init__(self) -> None:
         readout = self.settings.readout
         self.weight_grad = SharedGradient(readout.weight)
         self.bias_grad = SharedGradient(readout.unembedding.bias, factor=readout.scale)
+
+    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+        """Hand the hidden on where somebody waits for it, and let the unit learn."""
+        if self.send is not None and exit_.index == self.last_exit:
+            self.send(hidden.detach())
+        super().at_exit(exit_, hidden)
 
     def learn(self, exit_: Exit, hidden: Tensor) -> None:
         """Loss, dW and feedback of the exit, then the backward of its unit."""

@@ -1,0 +1,166 @@
+"""A pipeline of units over ranks: every stage ends up with the parameters that one process would have given it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers.ranks import run_ranks
+from local.decoders import CONTEXT, build
+from local.rules import RULES, attached
+from local.test_data_parallel import EXACT, batches
+from localexit import LocalModel, Pipeline
+
+NUM_BLOCKS = 5
+
+
+def made(name: str, *, decoder: str = "plain", **options: Any) -> Any:
+    return attached(build(decoder, NUM_BLOCKS), name, dtype=torch.float64, backward="stream", **options)
+
+
+def optimizer_of(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.02, momentum=0.9, foreach=False)
+
+
+def state_of(local: LocalModel) -> dict[str, Tensor]:
+    """Parameters, and the rule's state."""
+    tensors = dict(local.named_parameters()) | dict(local.feedback.named_buffers())
+    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
+
+
+def alone(name: str, num_microbatches: int, num_steps: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    """One process on the same micro-batches."""
+    local = made(name, **options)
+    optimizer = optimizer_of(list(local.parameters()))
+    losses = torch.empty(0)
+    for ids, labels in batches(num_steps):
+        num_items = (labels[:, 1:] != -100).sum()
+        parts = zip(ids.chunk(num_microbatches), labels.chunk(num_microbatches), strict=True)
+        losses = sum(local(*part, num_items=num_items).exit_losses for part in parts)  # type: ignore[assignment]
+        local.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        local.update()
+    return {"losses": losses, **state_of(local)}
+
+
+def on_stages(name: str, num_microbatches: int, num_steps: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    stage = Pipeline(made(name, **options))
+    optimizer = optimizer_of(stage.parameters())
+    losses = torch.empty(0)
+    for ids, labels in batches(num_steps):
+        losses = stage.step_gradients(ids, labels, num_microbatches=num_microbatches)
+        stage.local.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        stage.update()
+    local = stage.gather()
+    return {"losses": losses, **state_of(local)}
+
+
+def check(name: str, num_ranks: int, *, num_microbatches: int = 4, num_steps: int = 3, **options: Any) -> None:
+    expected = alone(name, num_microbatches, num_steps, options)
+    for tensors in run_ranks(on_stages, num_ranks, name, num_microbatches, num_steps, options):
+        for key, tensor in expected.items():
+            torch.testing.assert_close(tensors[key], tensor, **EXACT, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_two_stages_train_like_one_process() -> None:
+    check("mirror_sampled", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule(name: str, num_ranks: int) -> None:
+    check(name, num_ranks, num_steps=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["llama", "gpt2"])
+def test_models_of_transformers(decoder: str) -> None:
+    check("dense", 2, decoder=decoder)
+    check("anchors", 2, decoder=decoder, exits="every:2")
+
+
+def number_of_parameters() -> tuple[int, int, int]:
+    """Numbers that this stage holds in its blocks, freed and gathered and freed again."""
+    stage = Pipeline(made("dense"))
+    blocks = stage.local.blocks
+
+    def held() -> int:
+        return sum(p.numel() for block in blocks for p in block.parameters())
+
+    freed = held()
+    stage.gather()
+    whole = held()
+    stage.free()
+    return freed, whole, held()
+
+
+def test_a_stage_holds_its_own_blocks() -> None:
+    first, second = run_ranks(number_of_parameters, 2)
+    whole = sum(p.numel() for block in made("dense").blocks for p in block.parameters())
+    assert first == (3 * whole // 5, whole, 3 * whole // 5)
+    assert second == (2 * whole // 5, whole, 2 * whole // 5)
+
+
+def weights_apart() -> tuple[Tensor, Tensor]:
+    """The unembedding of each stage after two steps, not shared; and its feedback's step counter."""
+    stage = Pipeline(made("dense"), is_shared=False)
+    optimizer = optimizer_of(stage.parameters())
+    for ids, labels in batches(2):
+        stage.step_gradients(ids, labels, num_microbatches=2)
+        optimizer.step()
+        stage.update()
+    return stage.local.unembedding.weight.detach(), stage.local.feedback.step
+
+
+def test_stages_may_have_their_own_unembedding() -> None:
+    (first, step), (second, _) = run_ranks(weights_apart, 2)
+    assert int(step) == 2
+    assert (first - second).abs().max() > 1e-3
+
+
+def order_of_events() -> list[str]:
+    """What the stages do, in order: a hidden is sent before its unit learns, and nothing comes back."""
+    events: list[str] = []
+    stage = Pipeline(made("dense"))
+    send, learn = stage._send, type(stage.local.feedback).forward
+
+    def sent(hidden: Tensor) -> None:
+        events.append("send")
+        send(hidden)
+
+    def learned(*args: Any) -> Tensor:
+        events.append("learn")
+        return learn(*args)
+
+    stage._send = sent  # type: ignore[method-assign]
+    type(stage.local.feedback).forward = learned  # type: ignore[method-assign]
+    for ids, labels in batches(1):
+        stage.step_gradients(ids, labels, num_microbatches=2)
+    return events
+
+
+def test_a_hidden_is_sent_before_its_unit_learns() -> None:
+    first, second = run_ranks(order_of_events, 2)
+    assert first == ["learn", "learn", "send", "learn"] * 2
+    assert second == ["learn", "send", "learn"] * 2
+
+
+def refused(num_microbatches: int) -> None:
+    ids = torch.zeros(4, CONTEXT, dtype=torch.int64)
+    with pytest.raises(ValueError, match="num_microbatches: expected a divisor of the 4 rows, got 3"):
+        Pipeline(made("dense")).step_gradients(ids, ids, num_microbatches=num_microbatches)
+    with pytest.raises(ValueError, match="backward='stream', without data_parallel"):
+        Pipeline(attached(build("plain"), "dense"))
+    with pytest.raises(ValueError, match="a pipeline of 2 stages needs as many units, and the model has 1"):
+        Pipeline(made("dense", exits=[-1]))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    run_ranks(refused, 2, 3)
