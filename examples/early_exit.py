@@ -1,9 +1,9 @@
-"""How early could a trained model answer? For each exit: how often it is sure, and how often it is then right.
+"""Write with early exits: how deep each token goes, and what the text becomes.
 
-    python examples/early_exit.py RUN FILE [--sure 0.9]
+    python examples/early_exit.py RUN [--prompt "The "] [--threshold 0.5] [--tokens 60]
 
-RUN is a folder that `localexit train` wrote, FILE a text. A token leaves at the first exit that gives its most likely
-successor at least the probability `--sure`; what no exit is sure of leaves at the last one.
+RUN is a folder that `localexit train` wrote. Three texts from one prompt, all greedy: by the last exit, by the first
+exit that is sure, and by a draft of exit 0 that the last exit verifies. Upper case marks what an early exit wrote.
 """
 
 from __future__ import annotations
@@ -13,51 +13,39 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from localexit import LocalModel
+from localexit.inference.decoder import Decoder
+from localexit.inference.sampling import Sampling
+from localexit.inference.strategies import ConfidentExit, FixedExit, SelfSpeculative, Strategy
+from localexit.inference.text import generate_ids
 from localexit.train.export import load_run
-
-
-def contexts(ids: Sequence[int], length: int, most: int = 64) -> Tensor:
-    """Windows [at most `most`, length] of a text, one after the other."""
-    num = min(len(ids) // length, most)
-    return torch.tensor(ids[: num * length]).view(num, length)
-
-
-def best_at(local: LocalModel, exit_index: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability and id of the most likely successor of every token but a window's last, at one exit: [B, T - 1]."""
-    logits = local.exit_logits(exit_index, tokens)[:, :-1]
-    best = logits.float().softmax(-1).max(-1)
-    return best.values, best.indices
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("file", type=Path, help="text to read")
-    parser.add_argument("--sure", type=float, default=0.9, help="probability at which a token leaves")
+    parser.add_argument("run", type=Path, help="folder of a run with at least two exits")
+    parser.add_argument("--prompt", default="The ", help="what to continue")
+    parser.add_argument("--threshold", type=float, default=0.5, help="probability at which an exit is sure")
+    parser.add_argument("--tokens", type=int, default=60, help="tokens to write")
     options = parser.parse_args(arguments)
 
     local, tokenizer = load_run(options.run, device=torch.device("cpu"))
-    ids = tokenizer.encode(options.file.read_text(encoding="utf-8"), add_special_tokens=False).ids
-    length = local.model.config.max_position_embeddings
-    tokens = contexts(ids, length)
-    if not len(tokens):
-        parser.error(f"file: expected at least {length} tokens, got {len(ids)}; choose a longer one")
-    successors = tokens[:, 1:]
-    is_waiting = torch.ones_like(successors, dtype=torch.bool)
-    num_right = 0
-    print(f"{'exit':>4} {'right':>7} {'leave here':>11} {'of them right':>14}")
-    for index in range(local.num_exits):
-        probability, best = best_at(local, index, tokens)
-        is_right = best == successors
-        leaves = is_waiting & ((probability >= options.sure) | (index == local.num_exits - 1))
-        right = f"{is_right[leaves].float().mean():.1%}" if leaves.any() else "-"
-        print(f"{index:>4} {is_right.float().mean():>7.1%} {leaves.float().mean():>11.1%} {right:>14}")
-        num_right += int((is_right & leaves).sum())
-        is_waiting &= ~leaves
-    print(f"with early exits {num_right / successors.numel():.1%} right")
+    prompt = tokenizer.encode(options.prompt, add_special_tokens=False).ids
+    greedy = Sampling(temperature=0.0, max_new_tokens=options.tokens)
+    last = local.num_exits - 1
+    strategies: dict[str, Strategy] = {
+        "last exit": FixedExit(),
+        "first exit that is sure": ConfidentExit(threshold=options.threshold),
+        "draft and verify": SelfSpeculative(draft_exit=0),
+    }
+    for name, strategy in strategies.items():
+        strategy.check(local, greedy)
+        decoder = Decoder(local, prompt)
+        tokens = list(generate_ids(decoder, strategy=strategy, sampling=greedy))
+        num_early = sum(token.exit_index < last for token in tokens)
+        pieces = [(tokenizer.decode([token.id]), token.exit_index < last) for token in tokens]
+        print(f"{name}: {num_early} of {len(tokens)} tokens by an early exit")
+        print("  " + "".join(piece.upper() if is_early else piece.lower() for piece, is_early in pieces))
 
 
 if __name__ == "__main__":

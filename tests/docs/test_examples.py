@@ -30,11 +30,15 @@ def compare_rules(workplace: Path) -> list[str]:
 
 
 def early_exit(workplace: Path) -> list[str]:
-    return [str(workplace / "runs/mine"), str(workplace / "path/to/text/0.txt"), "--sure", "0.01"]
+    return [str(workplace / "runs/mine"), "--threshold", "0.001", "--tokens", "6"]
 
 
 def plain_module(workplace: Path) -> list[str]:
     return [str(workplace / "path/to/text/0.txt"), "--steps", "2"]
+
+
+def reward_weighted(workplace: Path) -> list[str]:
+    return [str(workplace / "runs/mine"), "--steps", "2", "--word", "e"]
 
 
 def with_accelerate(workplace: Path) -> list[str]:
@@ -47,12 +51,13 @@ def with_lightning(workplace: Path) -> list[str]:
 
 ARGUMENTS: dict[str, Callable[[Path], list[str]]] = {
     function.__name__: function
-    for function in (compare_rules, early_exit, plain_module, with_accelerate, with_lightning)
+    for function in (compare_rules, early_exit, plain_module, reward_weighted, with_accelerate, with_lightning)
 }
 PRINTED = {
     "compare_rules": feedback_names(),
-    "early_exit": ("with early exits",),
+    "early_exit": ("last exit: 0 of 6 tokens", "first exit that is sure: 6 of 6 tokens", "draft and verify: "),
     "plain_module": ("exit 2: validation",),
+    "reward_weighted": ("step 2: mean reward",),
     "with_accelerate": ("step 3: nats/token by exit", "path/to/model-tuned"),
     "with_lightning": ("validation nats/byte by exit after 3 steps",),
 }

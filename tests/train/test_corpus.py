@@ -265,3 +265,29 @@ def test_hf_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'localexit\[data\]'$"):
         load_corpus("hf:name")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json", "dict on disk", "one on disk"])
+def test_a_local_data_set_is_read(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    splits = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(rows(40)), "validation": datasets.Dataset.from_list(rows(4))}
+    )
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    if kind == "dict on disk":
+        splits.save_to_disk(str(folder))
+    elif kind == "one on disk":
+        splits["train"].save_to_disk(str(folder))
+    else:
+        for name, split in splits.items():
+            getattr(split, f"to_{kind}")(str(folder / f"{name}.{kind}"))
+    corpus = load_corpus(f"hf:{folder}")
+    texts = [document.text for document in (*corpus.train, *corpus.valid)]
+    if kind == "one on disk":
+        assert sorted(texts) == [row["text"] for row in rows(40)]
+        assert corpus.valid
+    else:
+        assert texts == [row["text"] for row in (*rows(40), *rows(4))]
+        assert len(corpus.valid) == 4

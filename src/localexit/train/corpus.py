@@ -5,7 +5,8 @@
 - `"stdlib"`: the sources of Python's standard library, without tests, encodings and generated tables;
 - `"docstrings"`: the docstrings of installed scientific packages, read without importing them;
 - a path: a text file, or a folder of them;
-- `"hf:NAME"` or `"hf:NAME:CONFIG"`: a data set through the `datasets` package.
+- `"hf:NAME"` or `"hf:NAME:CONFIG"`: a data set through the `datasets` package: of the hub, or a local folder of parquet
+  or JSON files or one that `save_to_disk` wrote.
 
 The whole text is held in memory while a tokenizer and token streams are made from it.
 """
@@ -16,9 +17,10 @@ import hashlib
 import stat
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from localexit.train.docstrings import docstring_documents
 from localexit.train.documents import TEST_FOLDERS, Document, clean_text, is_not_hidden, read_folder, read_text
@@ -161,7 +163,7 @@ def _load_hf(spec: str) -> Corpus:
     except ImportError as error:
         raise ImportError(f"data: {spec!r} needs the `datasets` package; pip install 'localexit[data]'") from error
     try:
-        splits = datasets.load_dataset(name, config or None)
+        splits = _hf_splits(datasets, Path(name).expanduser(), name, config)
     except Exception as error:
         # the package raises its own, its network client's and its readers' errors alike
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -172,6 +174,15 @@ def _load_hf(spec: str) -> Corpus:
     if valid_name in (None, train_name):
         return _make_corpus(spec, train, Counter())
     return _finish(spec, train, _hf_documents(spec, valid_name, splits[valid_name]), Counter())
+
+
+def _hf_splits(datasets: Any, folder: Path, name: str, config: str) -> Mapping[str, Iterable[dict[str, object]]]:
+    """Rows by split: of a folder that `save_to_disk` wrote, or of whatever else `load_dataset` reads."""
+    if (folder / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(str(folder))
+    if (folder / "state.json").is_file():
+        return {"train": datasets.load_from_disk(str(folder))}
+    return datasets.load_dataset(name, config or None)
 
 
 def _hf_documents(spec: str, split: str, rows: Iterable[dict[str, object]]) -> list[Document]:
