@@ -90,6 +90,7 @@ def test_other_settings_than_those_of_a_cell_are_refused(base: TrainConfig, tmp_
         missing_jobs([job(replace(base, lr=0.5), "dense")], cells)
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_cells(base: TrainConfig, tmp_path: Path) -> None:
     wanted = [job(base, "dense"), job(base, "anchors")]
     run_jobs(wanted, CellFile(tmp_path / "one"), say=print)
@@ -104,6 +105,14 @@ def test_nothing_half_done_is_kept_when_the_time_is_over(base: TrainConfig, tmp_
     cells = CellFile(tmp_path)
     assert run_jobs([job(base, "dense")], cells, max_seconds=0.0, say=print) == 1
     assert cells.cells == ()
+
+
+def test_what_earlier_cells_took_is_not_started_with_less_time_left(base: TrainConfig, tmp_path: Path) -> None:
+    cells = CellFile(tmp_path)
+    first = job(base, "dense")
+    cells.add([replace(run_cell(first), wall_seconds=1000.0)])
+    assert run_jobs([job(base, "dense", seed=1)], cells, max_seconds=999.0, say=print) == 1
+    assert run_jobs([job(base, "dense", seed=1)], cells, max_seconds=1001.0, say=print) == 0
 
 
 def test_a_run_that_diverges_is_a_result(base: TrainConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 
 from localexit.compare.cells import Cell, CellFile, differing_settings
@@ -56,35 +56,35 @@ def run_jobs(
     """
     deadline = time.time() + max_seconds
     num_done = 0
-    for cell in _cells(jobs, deadline, num_processes):
+    clock = _Clock(deadline, cells.cells)
+    for cell in _cells(jobs, clock, num_processes):
         cells.add([cell])
         num_done += 1
         say(f"{num_done}/{len(jobs)}  {_line(cell)}")
     return len(jobs) - num_done
 
 
-def _cells(jobs: Sequence[Job], deadline: float, num_processes: int) -> Iterator[Cell]:
+def _cells(jobs: Sequence[Job], clock: _Clock, num_processes: int) -> Iterator[Cell]:
     if num_processes > 1:
-        yield from _in_processes(jobs, deadline, num_processes)
+        yield from _in_processes(jobs, clock, num_processes)
         return
-    clock = _Clock(deadline)
     for job in jobs:
         if clock.has_time_for(job):
             try:
-                yield clock.saw(run_cell(job, deadline=deadline))
+                yield clock.saw(run_cell(job, deadline=clock.deadline))
             except OutOfTimeError:
                 return
 
 
-def _in_processes(jobs: Sequence[Job], deadline: float, num_processes: int) -> Iterator[Cell]:
-    clock, waiting, running = _Clock(deadline), list(jobs), set[Future[Cell]]()
+def _in_processes(jobs: Sequence[Job], clock: _Clock, num_processes: int) -> Iterator[Cell]:
+    waiting, running = list(jobs), set[Future[Cell]]()
     # Started anew and not forked: a forked process inherits torch's threads half way through their work.
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         while waiting or running:
             while waiting and len(running) < num_processes:
                 job = waiting.pop(0)
                 if clock.has_time_for(job):
-                    running.add(pool.submit(run_cell, job, deadline=deadline))
+                    running.add(pool.submit(run_cell, job, deadline=clock.deadline))
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 try:
@@ -94,15 +94,22 @@ def _in_processes(jobs: Sequence[Job], deadline: float, num_processes: int) -> I
 
 
 class _Clock:
-    """Whether there is time for another cell, judged by the longest of that model and budget so far."""
+    """Whether there is time for another cell, judged by the longest of that model and budget so far.
 
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
+    Args:
+        deadline: `time.time()` of the end.
+        cells: those of earlier calls.
+    """
+
+    def __init__(self, deadline: float, cells: Iterable[Cell]) -> None:
+        self.deadline = deadline
         self._seconds: dict[tuple[str, int], float] = {}
+        for cell in cells:
+            self.saw(cell)
 
     def has_time_for(self, job: Job) -> bool:
         expected = self._seconds.get((job.config.model, job.config.steps), 0.0)
-        return time.time() + expected < self._deadline
+        return time.time() + expected < self.deadline
 
     def saw(self, cell: Cell) -> Cell:
         model, _, _, steps = cell.key
