@@ -622,8 +622,8 @@ class TestOpcheck:
     def test_tiled_gradients(self, need_weight: bool, need_bias: bool) -> None:
         case = make_case("dense")
         bias = torch.linspace(-1, 1, VOCAB) if need_bias else None
-        lse = torch.full((NUM_TOKENS,), 5.0)
-        tensors = (case.hidden, case.weight, bias, case.target, torch.full((NUM_TOKENS,), 0.1), lse)
+        rows = (torch.full((NUM_TOKENS,), value) for value in (0.1, 1.0, -4.0))
+        tensors = (case.hidden, case.weight, bias, case.target, *rows)
         torch.library.opcheck(
             tiled_gradients, (*tensors, torch.float32, -100, 0.0, 1e-2, None, need_weight, need_bias, "torch")
         )

@@ -133,3 +133,26 @@ def test_an_unknown_preset() -> None:
     case, rule = make_case(), make_feedback("dense", HIDDEN, VOCAB)
     with pytest.raises(ValueError, match=r"preset must be one of 'fast', 'memory', got 'small'"):
         exit_cross_entropy(case["hidden"], case["weight"], case["target"], feedback=rule, preset="small")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("offset", "peak"), [(0.0, 2.2), (1e4, 0.5)], ids=["confident", "far from zero"])
+def test_dw_is_as_good_as_plain_pytorch(offset: float, peak: float) -> None:
+    """In fp32, where a probability near one, or a rounded log-sum-exp, would lose what is small next to it."""
+    width, generator = 64, torch.Generator().manual_seed(0)
+    weight = torch.randn(VOCAB, width, generator=generator)
+    target = torch.randint(VOCAB, (NUM_TOKENS,), generator=generator)
+    hidden = 0.1 * torch.randn(NUM_TOKENS, width, generator=generator)
+    hidden += peak * torch.nn.functional.normalize(weight[target])
+    bias = torch.full((VOCAB,), offset)
+
+    def plain_grad(dtype: torch.dtype) -> Tensor:
+        leaf = weight.to(dtype).requires_grad_()
+        logits = torch.nn.functional.linear(hidden.to(dtype), leaf, bias.to(dtype))
+        torch.nn.functional.cross_entropy(logits, target).backward()
+        assert leaf.grad is not None
+        return leaf.grad.double()
+
+    total, rule = torch.zeros_like(weight), make_feedback("dense", width, VOCAB)
+    exit_step(hidden, weight, target, feedback=rule, linear_bias=bias, grad_weight=total, preset="memory")
+    exact = plain_grad(torch.float64)
+    assert relative(total.double(), exact) < 2 * relative(plain_grad(torch.float32), exact) + 1e-7

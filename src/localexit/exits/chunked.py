@@ -90,7 +90,7 @@ class ExitResult:
     Attributes:
         loss: [N] unweighted loss of each token: 0 on ignored ones, NaN where the target is out of range.
         weighted_loss: [N] the same times the row weight.
-        lse, log_prob, argmax, entropy: [N], see `RowResult`; zero on ignored tokens.
+        gold_logit, log_prob, argmax, entropy: [N], see `RowResult`; zero on ignored tokens.
         is_bad: bool [N], target outside 0..V-1 and not ignored.
         feedback: [N, D] in hidden's dtype (fp32 for fp16, which cannot hold errors of 1/count), or None.
         weight_grad: fp32 or fp64 [V, D], or None.
@@ -99,7 +99,7 @@ class ExitResult:
 
     loss: Tensor
     weighted_loss: Tensor
-    lse: Tensor
+    gold_logit: Tensor
     log_prob: Tensor
     argmax: Tensor
     entropy: Tensor
@@ -117,7 +117,8 @@ class Stages:
         name: the backend's name.
         logits: fills a buffer [n, V] with the logits of a chunk.
         loss_and_error: turns the buffer into the values of the error, see `exits.loss.loss_and_error`.
-        tile_error: the same for a tile of columns whose log-sum-exp is known, see `exits.loss.tile_error`.
+        tile_error: the same for a tile of columns, when the gold token's logit and log-probability are known, see
+            `exits.loss.tile_error`.
         add_weight_grad: adds the product with the hidden states to dW, or starts it.
         add_filtered_weight_grad: the same from the groups of entries that matter.
         view: makes the rule's view of the error from values, scale and what the rows yielded.
@@ -132,7 +133,7 @@ class Stages:
     name: str
     logits: Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
     loss_and_error: Callable[..., RowResult]
-    tile_error: Callable[[Tensor, Tensor, Tensor, Tensor, LossOptions, int, Tensor | None], None]
+    tile_error: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, LossOptions, int, Tensor | None], None]
     add_weight_grad: Callable[[Tensor | None, Tensor, Tensor], Tensor]
     add_filtered_weight_grad: Callable[[Tensor | None, Tensor, Tensor, Tensor, RowResult], Tensor]
     view: Callable[[Tensor, Tensor, RowResult], Error]
@@ -304,7 +305,7 @@ class _Loop:
         self.feedback = _feedback_like(call.hidden) if call.need_hidden else None
         self.prepared: tuple[Tensor, ...] | None = None
         rows = call.hidden.new_zeros(num_rows, dtype=self.sum_dtype)
-        self.loss, self.lse, self.log_prob = rows, rows.clone(), rows.clone()
+        self.loss, self.gold_logit, self.log_prob = rows, rows.clone(), rows.clone()
         self.buffer = call.hidden.new_empty(self._most_rows(), vocab_size, dtype=stages.buffer_dtype(call))
         self.scratch: Tensor | None = None
         self.entropy = rows.clone() if call.need_stats else rows.new_empty(0)
@@ -377,7 +378,7 @@ class _Loop:
             self._add_feedback(rows, hidden, values, scale, result)
 
     def _keep_rows(self, rows: slice, result: RowResult) -> None:
-        self.loss[rows], self.lse[rows], self.log_prob[rows] = result.loss, result.lse, result.log_prob
+        self.loss[rows], self.gold_logit[rows], self.log_prob[rows] = result.loss, result.gold_logit, result.log_prob
         if self.call.need_stats:
             self.argmax[rows], self.entropy[rows] = result.argmax, result.entropy
 
@@ -417,7 +418,7 @@ class _Loop:
             loss=loss,
             # The scale of a bad row is zero, and NaN stays NaN.
             weighted_loss=self.scale * loss,
-            lse=masked(self.lse),
+            gold_logit=masked(self.gold_logit),
             log_prob=masked(self.log_prob),
             argmax=masked(self.argmax),
             entropy=masked(self.entropy),

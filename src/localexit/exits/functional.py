@@ -236,7 +236,7 @@ def exit_cross_entropy(
     )
     if torch.is_grad_enabled() and feedback.training:
         _collect_pairs(feedback, call, exit_index, first_row, data_parallel)
-    loss, _, lse, log_prob, argmax, entropy, is_bad, *_ = exit_loss(
+    loss, _, gold_logit, log_prob, argmax, entropy, is_bad, *_ = exit_loss(
         call.hidden,
         call.weight,
         call.bias,
@@ -266,7 +266,7 @@ def exit_cross_entropy(
     loss = loss if reduction != "none" else loss.reshape(target.shape)
     if not return_stats:
         return loss
-    return loss, _stats(call, target, lse, log_prob, argmax, entropy, is_bad)
+    return loss, _stats(call, target, gold_logit, log_prob, argmax, entropy, is_bad)
 
 
 def exit_step(
@@ -354,7 +354,7 @@ def _run_preset(call: ExitCall, grad_weight: Tensor | None, grad_bias: Tensor | 
         return run_exit(call, weight_grad=grad_weight, bias_grad=grad_bias, stages=stages)
     result = run_exit(replace(call, need_weight=False, need_bias=False), stages=stages)
     if call.need_weight or call.need_bias:
-        add_tiled_grads(call, result.lse, stages, weight_grad=grad_weight, bias_grad=grad_bias)
+        add_tiled_grads(call, result.gold_logit, result.log_prob, stages, weight_grad=grad_weight, bias_grad=grad_bias)
     return result
 
 
@@ -495,7 +495,7 @@ def _exit_step(call: ExitCall, result: ExitResult, input: Tensor, target: Tensor
     feedback = result.feedback
     stats = None
     if call.need_stats:
-        stats = _stats(call, target, result.lse, result.log_prob, result.argmax, result.entropy, result.is_bad)
+        stats = _stats(call, target, result.gold_logit, result.log_prob, result.argmax, result.entropy, result.is_bad)
     return ExitStep(
         loss=result.weighted_loss.sum(),
         feedback=None if feedback is None else feedback.to(input.dtype).reshape(input.shape),
@@ -506,7 +506,7 @@ def _exit_step(call: ExitCall, result: ExitResult, input: Tensor, target: Tensor
 def _stats(
     call: ExitCall,
     target: Tensor,
-    lse: Tensor,
+    gold_logit: Tensor,
     log_prob: Tensor,
     argmax: Tensor,
     entropy: Tensor,
@@ -516,7 +516,7 @@ def _stats(
     num_tokens = is_counted.sum()
     shape = target.shape
     return ExitStats(
-        lse=lse.reshape(shape),
+        lse=(gold_logit - log_prob).reshape(shape),
         log_prob=log_prob.reshape(shape),
         argmax=argmax.reshape(shape),
         is_correct=((argmax == call.target) & is_counted).reshape(shape),

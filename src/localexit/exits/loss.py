@@ -32,7 +32,7 @@ class RowResult:
 
     Attributes:
         loss: [n], unweighted.
-        lse: [n], log-sum-exp of the (soft-capped) logits.
+        gold_logit: [n], the (soft-capped) logit of the gold token.
         log_prob: [n], log-probability of the gold token.
         argmax: int64 [n], or empty when no statistics were asked for.
         entropy: [n] in nats, or empty likewise.
@@ -42,13 +42,18 @@ class RowResult:
     """
 
     loss: Tensor
-    lse: Tensor
+    gold_logit: Tensor
     log_prob: Tensor
     argmax: Tensor
     entropy: Tensor
     scale: Tensor | None = None
     raw: Tensor | None = None
     logit_product: Tensor | None = None
+
+    @property
+    def lse(self) -> Tensor:
+        """Log-sum-exp of the (soft-capped) logits, [n]."""
+        return self.gold_logit - self.log_prob
 
 
 def loss_and_error(
@@ -96,7 +101,13 @@ def loss_and_error(
         _probs_to_error(probs, gold, lse, raw, options)
         product = _logit_product(probs, raw, bias) if need_logits else None
     return RowResult(
-        loss=loss, lse=lse, log_prob=log_prob, argmax=argmax, entropy=entropy, raw=raw, logit_product=product
+        loss=loss,
+        gold_logit=gold_logit,
+        log_prob=log_prob,
+        argmax=argmax,
+        entropy=entropy,
+        raw=raw,
+        logit_product=product,
     )
 
 
@@ -150,7 +161,8 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
 def tile_error(
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
+    gold_logit: Tensor,
+    log_prob: Tensor,
     is_counted: Tensor,
     options: LossOptions,
     vocab_size: int,
@@ -158,10 +170,14 @@ def tile_error(
 ) -> None:
     """Turn a tile of raw logits [N, n] into the error for row weight one, in place.
 
+    Probabilities are relative to the gold token's: where logits have much in common, a rounded log-sum-exp would
+    change all of them.
+
     Args:
         logits: fp32 or fp64, bias included; overwritten.
         target: integer [N], relative to the tile: outside 0..n-1 where the gold token is elsewhere.
-        lse: [N].
+        gold_logit: [N], as the first pass saw it.
+        log_prob: [N], of the gold token.
         is_counted: bool [N]; other rows become zero, whatever they hold.
         options: options of the loss.
         vocab_size: V of the whole vocabulary.
@@ -173,14 +189,17 @@ def tile_error(
         capped = logits.div_(options.softcap).tanh_()
         slope = 1 - capped.square()
         logits.mul_(options.softcap)
-    probs = logits.sub_(lse[:, None]).exp_()
+    probs = logits.sub_(gold_logit[:, None]).add_(log_prob[:, None]).exp_()
+    scale = 1 + 2 * options.z_loss * (gold_logit - log_prob)
     if options.z_loss:
-        probs.mul_((1 + 2 * options.z_loss * lse)[:, None])
-    if options.label_smoothing:
-        probs.sub_(options.label_smoothing / vocab_size)
+        probs.mul_(scale[:, None])
+    # p - 1 of a confident prediction from its logarithm: the difference would be one of rounded terms.
+    gold_error = (scale - 1) * log_prob.exp() + log_prob.expm1() + options.label_smoothing
     is_here = (target >= 0) & (target < logits.shape[1])
     gold = torch.where(is_here, target, 0).long()[:, None]
-    probs.scatter_add_(1, gold, (options.label_smoothing - 1) * is_here.to(probs.dtype)[:, None])
+    probs.scatter_(1, gold, torch.where(is_here, gold_error, probs[:, 0])[:, None])
+    if options.label_smoothing:
+        probs.sub_(options.label_smoothing / vocab_size)
     if slope is not None:
         probs.mul_(slope)
     probs.masked_fill_(~is_counted[:, None], 0)

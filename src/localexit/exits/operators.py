@@ -21,7 +21,7 @@ from localexit.feedback.registry import from_spec
 
 # Uniforms, and anchors in two forms: what of a call's arguments was drawn for it.
 _NUM_DRAWS = 4
-# loss, row_loss, lse, log_prob, argmax, entropy, is_bad, feedback, weight_grad, bias_grad
+# loss, row_loss, gold_logit, log_prob, argmax, entropy, is_bad, feedback, weight_grad, bias_grad
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -61,8 +61,8 @@ def exit_loss(
     gradients are left to the backward, which knows what reaches each token.
 
     Returns:
-        loss, row_loss, lse, log_prob, argmax, entropy, is_bad, feedback, weight_grad, bias_grad; what was not asked
-        for is empty.
+        loss, row_loss, gold_logit, log_prob, argmax, entropy, is_bad, feedback, weight_grad, bias_grad; what was not
+        asked for is empty.
     """
     call = ExitCall(
         hidden=hidden,
@@ -102,7 +102,7 @@ def _outputs(call: ExitCall, result: ExitResult, is_summed: bool) -> _Outputs:
     return (
         result.weighted_loss.sum() if is_summed else result.weighted_loss,
         result.loss,
-        result.lse,
+        result.gold_logit,
         result.log_prob,
         result.argmax,
         result.entropy,
@@ -226,7 +226,8 @@ def tiled_gradients(
     bias: Tensor | None,
     target: Tensor,
     row_weight: Tensor,
-    lse: Tensor,
+    gold_logit: Tensor,
+    log_prob: Tensor,
     compute_dtype: torch.dtype,
     ignore_index: int,
     label_smoothing: float,
@@ -257,7 +258,7 @@ def tiled_gradients(
         dtype = weight.dtype if weight.dtype == stages.value_dtype(call) else sums
         weight_grad = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         bias_grad = torch.zeros_like(weight[:, 0], dtype=sums) if need_bias else None
-        add_tiled_grads(call, lse, stages, weight_grad=weight_grad, bias_grad=bias_grad)
+        add_tiled_grads(call, gold_logit, log_prob, stages, weight_grad=weight_grad, bias_grad=bias_grad)
     bias_dtype = weight.dtype if bias is None else bias.dtype
     return (
         hidden.new_empty(0) if weight_grad is None else weight_grad.to(weight.dtype),
@@ -272,7 +273,8 @@ def _tiled_gradients_fake(
     bias: Tensor | None,
     target: Tensor,
     row_weight: Tensor,
-    lse: Tensor,
+    gold_logit: Tensor,
+    log_prob: Tensor,
     compute_dtype: torch.dtype,
     ignore_index: int,
     label_smoothing: float,
@@ -315,14 +317,14 @@ class _Settings(NamedTuple):
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     hidden, weight, bias, target, row_weight, state, *draws_and_rest = inputs
     draws, rest = draws_and_rest[:_NUM_DRAWS], draws_and_rest[_NUM_DRAWS:]
-    _, row_loss, lse, _, _, _, _, *grads = output
+    _, row_loss, gold_logit, log_prob, _, _, _, *grads = output
     ctx.mark_non_differentiable(*output[1:])
     # Else the backward is handed a zero for every output without a gradient, one of them as large as the weight.
     ctx.set_materialize_grads(False)
     ctx.num_state = len(state)
     ctx.settings = _Settings(*rest)
     again = grads if ctx.settings.is_summed else (*draws, *state)
-    ctx.save_for_backward(hidden, weight, bias, target, row_weight, row_loss, lse, *again)
+    ctx.save_for_backward(hidden, weight, bias, target, row_weight, row_loss, gold_logit, log_prob, *again)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
@@ -330,7 +332,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
     nothing = (None,) * (_NUM_DRAWS + len(settings))
     if upstream is None:
         return (None, None, None, None, None, [None] * ctx.num_state, *nothing)
-    hidden, weight, bias, target, row_weight, row_loss, lse, *again = ctx.saved_tensors
+    hidden, weight, bias, target, row_weight, row_loss, gold_logit, log_prob, *again = ctx.saved_tensors
     if settings.is_summed:
         grads = scale_gradients(upstream, *again, hidden, weight, bias, settings.backend)
     else:
@@ -343,7 +345,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
             bias,
             target,
             upstream * row_weight,
-            lse,
+            gold_logit,
+            log_prob,
             settings.compute_dtype,
             settings.ignore_index,
             settings.label_smoothing,

@@ -1,9 +1,9 @@
 """dW by vocabulary tiles: the second pass of the memory preset.
 
-The first pass left the log-sum-exp of every token. A tile of columns then needs its own logits only: they are made
-again, turned into the error, and give the tile's rows of dW in one product over all tokens. A third product, for which
-no [V, D] accumulator and no large chunk of logits exists; and what reaches the loss from above is known by then, so the
-gradient is written once, scaled.
+The first pass left the logit and the log-probability of every gold token. A tile of columns then needs its own logits
+only: they are made again, turned into the error, and give the tile's rows of dW in one product over all tokens. A third
+product, for which no [V, D] accumulator and no large chunk of logits exists; and what reaches the loss from above is
+known by then, so the gradient is written once, scaled.
 """
 
 from __future__ import annotations
@@ -22,13 +22,20 @@ _ALIGNMENT = 128
 
 
 def add_tiled_grads(
-    call: LossCall, lse: Tensor, stages: Stages, *, weight_grad: Tensor | None, bias_grad: Tensor | None
+    call: LossCall,
+    gold_logit: Tensor,
+    log_prob: Tensor,
+    stages: Stages,
+    *,
+    weight_grad: Tensor | None,
+    bias_grad: Tensor | None,
 ) -> None:
     """Add dW to `weight_grad` [V, D] and db to `bias_grad` [V], in place.
 
     Args:
         call: the exit; its row weights include what comes from above.
-        lse: [N] log-sum-exp of the logits that the loss saw.
+        gold_logit: [N], as the first pass saw it.
+        log_prob: [N], of the gold token.
         stages: the backend's steps.
         weight_grad: accumulator, or None to leave dW out; in the dtype of the products, or the accumulation dtype.
         bias_grad: accumulator in the accumulation dtype, or None.
@@ -48,7 +55,7 @@ def add_tiled_grads(
         bias = None if call.bias is None else call.bias[tile].to(scale.dtype)
         logits = buffer[: len(hidden) * (tile.stop - start)].view(len(hidden), tile.stop - start)
         stages.logits(hidden, call.weight[tile].to(call.compute_dtype), bias, logits)
-        stages.tile_error(logits, call.target - start, lse, is_counted, call.options, vocab_size, bias)
+        stages.tile_error(logits, call.target - start, gold_logit, log_prob, is_counted, call.options, vocab_size, bias)
         values = logits.to(value_dtype)
         if weight_grad is not None:
             stages.add_weight_grad(weight_grad[tile], values, scaled)

@@ -32,13 +32,13 @@ class ErrorPass:
     """What `error_pass` leaves besides the values in place of the logits.
 
     Attributes:
-        loss, lse, log_prob, scale: fp32 [n]; the error is `scale[:, None] * values`.
+        loss, gold_logit, log_prob, scale: fp32 [n]; the error is `scale[:, None] * values`.
         argmax: int64 [n], entropy: fp32 [n], empty unless asked for.
         group_max, group_sum: fp32 [n, G] of the magnitudes of the values without gold, empty unless asked for.
     """
 
     loss: Tensor
-    lse: Tensor
+    gold_logit: Tensor
     log_prob: Tensor
     scale: Tensor
     argmax: Tensor
@@ -68,7 +68,7 @@ def error_pass(
 
     result = ErrorPass(
         loss=rows(),
-        lse=rows(),
+        gold_logit=rows(),
         log_prob=rows(),
         scale=rows(),
         argmax=rows(need_stats, torch.int64),
@@ -76,7 +76,7 @@ def error_pass(
         group_max=table(num_groups if need_groups else 0),
         group_sum=table(num_groups if need_groups else 0),
     )
-    gold_logit, is_rare = rows(), rows(dtype=torch.int8)
+    is_rare = rows(dtype=torch.int8)
     flags = {
         "SMOOTHING": options.label_smoothing > 0,
         "NEED_STATS": need_stats,
@@ -88,7 +88,7 @@ def error_pass(
     error_kernel[(triton.cdiv(num_rows, rows_each),)](
         logits, logits.stride(0), logits if bias is None else bias, target,
         num_rows, vocab_size, num_groups, options.label_smoothing, options.z_loss, softcap,
-        result.loss, result.lse, result.log_prob, result.scale, gold_logit, is_rare, result.argmax, result.entropy,
+        result.loss, result.log_prob, result.scale, result.gold_logit, is_rare, result.argmax, result.entropy,
         result.group_max, result.group_sum,
         HAS_BIAS=bias is not None, SOFTCAP=options.softcap is not None,
         ROWS=rows_each, STAGES=stages, num_warps=4, **flags,
@@ -96,7 +96,7 @@ def error_pass(
     repair_kernel[(num_rows,)](
         logits, logits.stride(0), target, vocab_size, num_groups,
         options.label_smoothing, options.z_loss,
-        result.loss, result.lse, result.log_prob, result.scale, gold_logit, is_rare, result.entropy,
+        result.loss, result.log_prob, result.scale, result.gold_logit, is_rare, result.entropy,
         result.group_max, result.group_sum, num_warps=4, **flags,
     )  # fmt: skip
     return result
@@ -135,7 +135,8 @@ def weighted_rows(ids: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
 def tile_error(
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
+    gold_logit: Tensor,
+    log_prob: Tensor,
     is_counted: Tensor,
     options: LossOptions,
     vocab_size: int,
@@ -147,8 +148,8 @@ def tile_error(
         return
     block = min(512, triton.next_power_of_2(num_columns))
     tile_error_kernel[(triton.cdiv(num_rows, _TILE_ROWS), triton.cdiv(num_columns, block))](
-        logits, logits.stride(0), logits if bias is None else bias, target, lse, is_counted, num_rows, num_columns,
-        vocab_size, options.label_smoothing, options.z_loss, options.softcap or 1.0,
+        logits, logits.stride(0), logits if bias is None else bias, target, gold_logit, log_prob, is_counted,
+        num_rows, num_columns, vocab_size, options.label_smoothing, options.z_loss, options.softcap or 1.0,
         HAS_BIAS=bias is not None, SOFTCAP=options.softcap is not None, ROWS=_TILE_ROWS, BLOCK=block, num_warps=4,
     )  # fmt: skip
 

@@ -39,9 +39,24 @@ def _cap(z, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _log1p(x):
+    """Log(1 + x) to the last bits also for small x (Kahan's trick)."""
+    u = 1 + x
+    return tl.where(u == 1, x, tl.log(u) * (x / tl.where(u == 1, 1.0, u - 1)))
+
+
+@triton.jit
+def _expm1(x):
+    """Exp(x) - 1 to the last bits also for small x (Kahan's trick)."""
+    u = tl.exp(x)
+    is_plain = (u == 1) | (u - 1 == -1)
+    return tl.where(is_plain, tl.where(u == 1, x, -1.0), (u - 1) * (x / tl.where(is_plain, 1.0, tl.log(u))))
+
+
+@triton.jit
 def error_kernel(
     logits, stride, bias, target, num_rows, vocab_size, num_groups, smoothing, z_loss, softcap,
-    loss, lse, log_prob, scale, gold_logit, is_rare, argmax, entropy, group_max, group_sum,
+    loss, log_prob, scale, gold_logit, is_rare, argmax, entropy, group_max, group_sum,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr,
     NEED_STATS: tl.constexpr, NEED_GROUPS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -90,11 +105,12 @@ def error_kernel(
 
     others = tl.sum(rest, 1)
     s = others + 1.0
-    row_lse = z_gold + tl.log(s)
+    log_s = _log1p(others)
+    row_lse = z_gold + log_s
     a = 1 + 2 * z_loss * row_lse
     # Never divided by zero: the shift changes no entry of the error by more than 1e-6.
     a = tl.where(tl.abs(a) < 1e-6, 1e-6, a)
-    row_loss = tl.log(s) + z_loss * row_lse * row_lse
+    row_loss = log_s + z_loss * row_lse * row_lse
     uniform = smoothing * s / (a * vocab_size)
     # y_gold - (1-ε) s/a - ε s/(aV) with y_gold = s - others: no difference of rounded terms for confident targets.
     gold_value = (s * (a - 1 + smoothing) / a - others - uniform) * slope_gold
@@ -117,14 +133,13 @@ def error_kernel(
         # The repair cannot sum what underflowed: it finds the mean in place of the loss.
         row_loss = tl.where(rare, mean_depth, row_loss - smoothing * mean_depth)
     tl.store(loss + rows, row_loss, mask=row_inside)
-    tl.store(lse + rows, row_lse, mask=row_inside)
-    tl.store(log_prob + rows, -tl.log(s), mask=row_inside)
+    tl.store(log_prob + rows, -log_s, mask=row_inside)
     tl.store(scale + rows, a / s, mask=row_inside)
     tl.store(gold_logit + rows, z_gold, mask=row_inside)
     tl.store(is_rare + rows, rare.to(tl.int8), mask=row_inside)
     if NEED_STATS:
         tl.store(argmax + rows, best_col.to(tl.int64), mask=row_inside)
-        tl.store(entropy + rows, tl.log(s) - tl.sum(slanted, 1) / s, mask=row_inside)
+        tl.store(entropy + rows, log_s - tl.sum(slanted, 1) / s, mask=row_inside)
 
 
 @triton.jit
@@ -139,7 +154,7 @@ def _undo(row, cols, vocab_size, gold, top):
 @triton.jit
 def repair_kernel(
     logits, stride, target, vocab_size, num_groups, smoothing, z_loss,
-    loss, lse, log_prob, scale, gold_logit, is_rare, entropy, group_max, group_sum,
+    loss, log_prob, scale, gold_logit, is_rare, entropy, group_max, group_sum,
     SMOOTHING: tl.constexpr, NEED_STATS: tl.constexpr, NEED_GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Redo one row whose maximum is far above its gold logit: the exact error, with scale one; one program a row."""
@@ -182,7 +197,6 @@ def repair_kernel(
     if SMOOTHING:
         row_loss -= smoothing * tl.load(loss + index)
     tl.store(loss + index, row_loss + z_loss * row_lse * row_lse)
-    tl.store(lse + index, row_lse)
     tl.store(log_prob + index, log_prob_gold)
     tl.store(scale + index, 1.0)
     if NEED_STATS:
@@ -191,7 +205,8 @@ def repair_kernel(
 
 @triton.jit
 def tile_error_kernel(
-    logits, stride, bias, target, lse, is_counted, num_rows, num_columns, vocab_size, smoothing, z_loss, softcap,
+    logits, stride, bias, target, gold_logit, log_prob, is_counted,
+    num_rows, num_columns, vocab_size, smoothing, z_loss, softcap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The error of a tile of columns for row weight one, in place; one program ROWS rows and BLOCK columns."""
@@ -205,11 +220,14 @@ def tile_error_kernel(
     if HAS_BIAS:
         z += tl.load(bias + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
     z, slope = _cap(z, softcap, SOFTCAP)
-    row_lse = tl.load(lse + rows, mask=row_inside, other=0.0)
+    z_gold = tl.load(gold_logit + rows, mask=row_inside, other=0.0)
+    log_p = tl.load(log_prob + rows, mask=row_inside, other=0.0)
     gold = tl.load(target + rows, mask=row_inside, other=0)
-    a = 1 + 2 * z_loss * row_lse
-    error = a[:, None] * tl.exp(z - row_lse[:, None]) - smoothing / vocab_size
-    error -= tl.where(cols[None, :] == gold[:, None], 1 - smoothing, 0.0)
+    a = 1 + 2 * z_loss * (z_gold - log_p)
+    # Relative to the gold token, and its own p - 1 from the logarithm: see `exits.loss.tile_error`.
+    error = a[:, None] * tl.exp((z - z_gold[:, None]) + log_p[:, None])
+    gold_error = (a - 1) * tl.exp(log_p) + _expm1(log_p) + smoothing
+    error = tl.where(cols[None, :] == gold[:, None], gold_error[:, None], error) - smoothing / vocab_size
     # Selected, not multiplied: a row that does not count may hold anything.
     counts = tl.load(is_counted + rows, mask=row_inside, other=0) != 0
     error = tl.where(counts[:, None], error * slope, 0.0)

@@ -67,7 +67,7 @@ def fused_loss_and_error(
     result = error_pass(logits, target, options, bias=bias, need_stats=need_stats, need_groups=need_groups)
     return GroupedRowResult(
         loss=result.loss,
-        lse=result.lse,
+        gold_logit=result.gold_logit,
         log_prob=result.log_prob,
         argmax=result.argmax,
         entropy=result.entropy,
