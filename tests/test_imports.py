@@ -46,8 +46,8 @@ ROOMS: dict[str, set[str]] = {
         "bench",
     },
 }
-# The choice of a backend is made where exits are called, and only when one is asked for.
-LAZY: dict[str, set[str]] = {"_checks": {"feedback"}, "exits": {"kernels"}}
+# The choice of a backend is made where exits are called or a mirror learns, and only when one is asked for.
+LAZY: dict[str, set[str]] = {"_checks": {"feedback"}, "exits": {"kernels"}, "feedback": {"kernels"}}
 # What the command imports before it has work to do.
 LIGHT = ("localexit", "localexit.cli", "localexit.train.preflight", "localexit.inference.sampling", "localexit.bench")
 HEAVY = (

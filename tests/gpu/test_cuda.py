@@ -28,7 +28,7 @@ from localexit import (
 )
 from localexit.exits.functional import WeightGrad
 from localexit.exits.reference import reference_exit
-from localexit.feedback import RULES
+from localexit.feedback import RULES, rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -271,3 +271,20 @@ def test_a_filtered_dw_on_the_kernels_equals_the_plain_one(name: str) -> None:
     assert relative(bias_grad, exact[3].double().cpu()) < 1e-4
     assert torch.allclose(loss, exact[0])
     assert relative(feedback, exact[1].double().cpu()) < 5e-2
+
+
+def test_a_mirror_in_bf16_learns_the_same_by_parts_and_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case()
+    inputs = [case[key].cuda() for key in ("hidden", "weight", "target")]
+    learned = []
+    for by_kernel in (False, True):
+        monkeypatch.setattr(rows, "runs_kernel", lambda _, by_kernel=by_kernel: by_kernel)
+        mirror = WeightMirror(HIDDEN, VOCAB, storage="bf16", num_pairs=128).cuda()
+        for _ in range(3):
+            exit_step(*inputs, feedback=mirror)
+            mirror.update()
+        learned.append(mirror.rows.double().cpu())
+    by_parts, by_kernel = learned
+    assert relative(by_parts, case["weight"].double()) < 0.1
+    # Rounded at random, each in its own way, three times.
+    assert relative(by_kernel, by_parts) < 3 * torch.finfo(torch.bfloat16).eps

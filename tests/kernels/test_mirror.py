@@ -15,6 +15,7 @@ def make_case(vocab_size: int, width: int, num_pairs: int) -> tuple[Tensor, Tens
     """Rows, residual, back, and what the exact correction gives: corrections far smaller than a step of bf16."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(vocab_size, width, generator=generator).bfloat16()
+    # fp32: the interpreter cannot multiply bf16.
     residual = 1e-3 * torch.randn(num_pairs, vocab_size, generator=generator)
     back = 0.1 * torch.randn(num_pairs, width, generator=generator)
     return rows, residual, back, rows.double() + residual.double().T @ back.double()

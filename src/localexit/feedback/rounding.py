@@ -14,7 +14,12 @@ _FP32_MANTISSA = 23
 
 def rounding_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """The random numbers of one optimiser step's rounding: a pure function of (seed, step) on a kind of device."""
-    return torch.Generator(device).manual_seed(derive_seed(seed, f"rounding/{step}"))
+    return torch.Generator(device).manual_seed(rounding_seed(seed, step))
+
+
+def rounding_seed(seed: int, step: int) -> int:
+    """The seed of one optimiser step's rounding, in 0..2^31 - 1."""
+    return derive_seed(seed, f"rounding/{step}") % 2**31
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from localexit import _checks
-from localexit.feedback.base import Anchors, Error, Tokens
+from localexit.feedback.base import Anchors, Error, Tokens, product
 from localexit.feedback.draws import UNCOUNTED
 from localexit.feedback.ridge import apart_from_mean, ridge_rows
-from localexit.feedback.rounding import round_stochastically, rounding_generator
+from localexit.feedback.rounding import round_stochastically, rounding_generator, rounding_seed
 from localexit.feedback.sampling import SAMPLING_OPTIONS, Sampling
 
 Storage = Literal["fp32", "bf16"]
 _DTYPES: dict[Storage, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Bytes of the mirror, in the dtype it is solved in, that an update works on at a time.
 _UPDATE_BYTES = 256 * 2**20
+_HAS_TRITON = find_spec("triton") is not None
+
+
+def runs_kernel(rows: Tensor) -> bool:
+    """Whether a mirror's correction is one kernel: bf16 on a GPU, and Triton installed."""
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and _HAS_TRITON
 
 
 class _Rows(Sampling):
@@ -158,7 +165,9 @@ class WeightMirror(_Rows):
         self._set_num_steps(self._num_steps + 1)
         if not self._pairs:
             return
-        self._learn([self._pairs[index] for index in sorted(self._pairs)])
+        # An autocast region around the call would round what is learned.
+        with torch.autocast(self.rows.device.type, enabled=False):
+            self._learn([self._pairs[index] for index in sorted(self._pairs)])
         self._pairs.clear()
 
     def _learn(self, pairs: Sequence[Pairs]) -> None:
@@ -169,6 +178,21 @@ class WeightMirror(_Rows):
         )
         hidden, logits = apart_from_mean(hidden, logits)
         back = ridge_rows(hidden, torch.cat([p.is_counted for p in pairs]).sum(), self.ridge)
+        if runs_kernel(self.rows):
+            self._correct_by_kernel(hidden, logits, back)
+        else:
+            self._correct_by_parts(hidden, logits, back)
+
+    def _correct_by_kernel(self, hidden: Tensor, logits: Tensor, back: Tensor) -> None:
+        # Triton is optional, and slow to import.
+        from localexit.kernels.mirror import correct
+
+        dtype = self.rows.dtype
+        residual = logits - product(hidden.to(dtype), self.rows.T, logits.dtype)
+        correct(self.rows, residual.to(dtype), back.to(dtype), seed=rounding_seed(self.seed, self._num_steps))
+
+    def _correct_by_parts(self, hidden: Tensor, logits: Tensor, back: Tensor) -> None:
+        dtype = hidden.dtype
         generator = rounding_generator(self.seed, self._num_steps, self.rows.device)
         # Row by row the update is independent: each part of B is read and written once, and nothing else is as large.
         size = max(1, _UPDATE_BYTES // (hidden.shape[1] * dtype.itemsize))

@@ -28,7 +28,6 @@ def correct_kernel(
     for start in range(0, num_pairs, PAIRS):
         pairs = start + tl.arange(0, PAIRS)
         pair_inside = pairs < num_pairs
-        # tf32: what it rounds is far below a step of bf16.
         left = tl.load(
             residual + pairs[None, :].to(tl.int64) * num_tokens + tokens[:, None],
             mask=token_inside[:, None] & pair_inside[None, :],
@@ -37,7 +36,7 @@ def correct_kernel(
         right = tl.load(
             back + pairs[:, None] * width + cols[None, :], mask=pair_inside[:, None] & col_inside[None, :], other=0.0
         )
-        total = tl.dot(left, right, total, input_precision="tf32")
+        total = tl.dot(left, right, total)
     place = tokens[:, None].to(tl.int64) * width + cols[None, :]
     inside = token_inside[:, None] & col_inside[None, :]
     total += tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
@@ -52,13 +51,13 @@ def correct(rows: Tensor, residual: Tensor, back: Tensor, *, seed: int) -> None:
 
     Args:
         rows: bf16 [V, D], contiguous.
-        residual: fp32 [P, V].
-        back: fp32 [P, D].
+        residual: [P, V]; bf16 is fast, and what it rounds of a correction is far below a step of the rows.
+        back: [P, D] in the same dtype.
         seed: of the rounding, in 0..2^31 - 1; another one for every update.
     """
     num_tokens, width = rows.shape
-    columns, tokens = 64, 128
+    columns, tokens = 128, 128
     correct_kernel[(triton.cdiv(width, columns), triton.cdiv(num_tokens, tokens))](
         rows, residual, back, num_tokens, width, len(residual), seed,
-        TOKENS=tokens, COLUMNS=columns, PAIRS=32, num_warps=4,
+        TOKENS=tokens, COLUMNS=columns, PAIRS=64, num_warps=8,
     )  # fmt: skip
