@@ -103,8 +103,8 @@ RULES: dict[str, Rule] = {
 def make_feedback(name: str, hidden_size: int, vocab_size: int, *, seed: int | None = 0, **options: Any) -> Feedback:
     """Build a feedback rule by name.
 
-    >>> make_feedback("anchors", hidden_size=64, vocab_size=1000, num_anchors=32)
-    LogitAnchors(hidden_size=64, vocab_size=1000, ridge=0.001, num_anchors=32)
+    >>> make_feedback("dense", hidden_size=64, vocab_size=1000, gain=0.5)
+    Dense(hidden_size=64, vocab_size=1000, gain=0.5)
 
     Args:
         name: one of `feedback_names()`.
