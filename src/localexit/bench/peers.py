@@ -89,10 +89,15 @@ def _torch_chunked() -> _Loss:
     return partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
 
 
-def _cut_cross_entropy(impl: str) -> _Loss:
+def _cut_cross_entropy() -> _Loss:
     from cut_cross_entropy import linear_cross_entropy
 
-    return partial(linear_cross_entropy, impl=impl)
+    return linear_cross_entropy
+
+
+def _cut_cross_entropy_exact() -> _Loss:
+    # Without the filter: every error counts.
+    return partial(_cut_cross_entropy(), filter_eps=None)
 
 
 def _liger() -> _Loss:
@@ -112,8 +117,8 @@ _LOADERS: dict[Peer, Callable[[], _Loss]] = {
     "F.cross_entropy": lambda: plain_loss,
     "torch.compile": _compiled,
     "F.linear_cross_entropy": _torch_chunked,
-    "cut-cross-entropy": partial(_cut_cross_entropy, "cce"),
-    "cut-cross-entropy-exact": partial(_cut_cross_entropy, "cce_exact"),
+    "cut-cross-entropy": _cut_cross_entropy,
+    "cut-cross-entropy-exact": _cut_cross_entropy_exact,
     "liger": _liger,
     "quack": _quack,
 }

@@ -51,7 +51,7 @@ def cpu(*, threads: int, patience: float = 0.0) -> Platform:
         exact_dtype=torch.float64,
         rounds=7,
         shapes=("cpu",),
-        numerics_shape="64x64x1000",
+        numerics_shape="64x256x1000",
         timer=CpuTimer(patience=patience),
         peak_mib=partial(_peak_of_process, threads),
         release=lambda: None,
