@@ -210,6 +210,21 @@ def test_compiled_blocks_give_the_same_gradients(mode: str) -> None:
         torch.testing.assert_close(grad, gradients(expected)[name])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mirror_learns_from_micro_batches_as_from_the_whole_batch(mode: str) -> None:
+    ids, labels = batch(rows=4)
+    mirrors = []
+    for parts in (1, 4):
+        rule = make_feedback("mirror", WIDTH, VOCAB, num_pairs=6).double()
+        local = attach(build("plain").double(), feedback=rule, backward=mode)
+        for micro_ids, micro_labels in zip(ids.chunk(parts), labels.chunk(parts), strict=True):
+            local(micro_ids, micro_labels, num_items=20)
+        local.update()
+        mirrors.append(rule.rows)
+    assert mirrors[0].any()
+    torch.testing.assert_close(mirrors[1], mirrors[0], rtol=1e-9, atol=1e-12)
+
+
 def test_micro_batches_draw_independently_until_the_update() -> None:
     ids, labels = batch()
     model = build("plain")
