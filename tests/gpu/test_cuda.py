@@ -166,7 +166,7 @@ def test_a_bad_target_makes_the_loss_nan_and_reads_nothing_outside(backend: str)
     assert stats.backend == backend
 
 
-@pytest.mark.parametrize("name", ["dense", "mirror_sampled", "anchors"])
+@pytest.mark.parametrize("name", ["dense", "mirror_sampled", "anchors", "anchors_sampled"])
 def test_compiled_equals_eager(name: str) -> None:
     case = make_case()
     eager = run(case, make_rule(name).cuda(), torch.bfloat16)

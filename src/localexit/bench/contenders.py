@@ -28,6 +28,7 @@ Run = Callable[[Inputs], Tensor | None]
 _NOTES = {
     "hybrid": "top-k of V per token",
     "parallel_topmass": "top-256 of V per token",
+    "anchors_sampled": "top-k and draws of V per token, logits of 2D anchors",
     "mirror": "third product",
     "mirror_sampled": "top-k and draws of V per token",
     "transport": "third product",
