@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers.budget import assert_close
-from helpers.cases import make_inputs, run, small_rule
+from helpers.cases import Inputs, expected, make_inputs, run, small_rule
 from helpers.direct import apply, signed_error
 from localexit import make_feedback
 from localexit.feedback.draws import choose_rows
@@ -88,6 +88,34 @@ def test_without_a_common_direction_the_differences_are_left(dtype: torch.dtype)
     values = signed_error(inputs).to(dtype)
     feedback = apply(small_rule("anchors", 9, 40, num_anchors=40), values, inputs)
     assert_close(feedback, values @ inputs.weight, tolerance=5e-3)
+
+
+def with_clear_axes(rows: int = 60) -> Inputs:
+    """Hidden states around a common one; their spread halves from each of nine directions to the next."""
+    inputs = make_inputs(rows, 9, 40)
+    sizes = 2.0 ** -torch.arange(9, dtype=torch.float64)
+    rotation = torch.linalg.qr(make_inputs(9, 9, 1, seed=1).hidden).Q
+    return replace(inputs, hidden=1 + inputs.hidden * sizes @ rotation)
+
+
+@pytest.mark.parametrize("rank", [2, 4, 9])
+def test_rank_keeps_the_principal_directions(rank: int) -> None:
+    inputs = with_clear_axes()
+    values = signed_error(inputs)
+    mean = inputs.hidden.mean(0) / inputs.hidden.mean(0).norm()
+    rest = inputs.hidden - torch.outer(inputs.hidden @ mean, mean)
+    axes = torch.cat([mean[None], torch.linalg.svd(rest, full_matrices=False).Vh[:8]])[:rank]
+    rule = small_rule("anchors", 9, 40, num_anchors=60, rank=rank, ridge=1e-9)
+    assert_close(apply(rule, values, inputs), values @ inputs.weight @ axes.T @ axes, tolerance=0.02)
+
+
+@pytest.mark.parametrize("name", ["anchors", "anchors_sampled"])
+@pytest.mark.parametrize("ignored", [0, 5])
+def test_rank_equals_the_oracle(name: str, ignored: int) -> None:
+    inputs = make_inputs(12, 9, 40, ignored=ignored)
+    rule = small_rule(name, 9, 40, num_anchors=8, rank=3)
+    assert_close(run(inputs, rule).feedback, expected(inputs, rule).feedback, tolerance=1e-9)
+    assert torch.linalg.matrix_rank(run(inputs, rule).feedback) == 3
 
 
 def test_sampled_with_all_tokens_kept_it_is_the_whole_product() -> None:

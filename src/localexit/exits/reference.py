@@ -202,7 +202,12 @@ def _anchor_rows(rule: Any, case: _Case) -> Tensor:
     h_m, z_m = torch.cat([h, rest * unit[None]]), torch.cat([z, rest * unit_z[None]])
     gram = h_m @ h_m.T
     ridge = rule.ridge * gram.trace() / len(anchors)
-    return z_m.T @ torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=torch.float64), h_m)
+    rows = z_m.T @ torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=torch.float64), h_m)
+    if rule.rank is None:
+        return rows
+    spread = h_m.T @ h_m
+    axes = torch.linalg.qr(spread @ torch.linalg.qr(spread @ torch.linalg.qr(spread[:, : rule.rank]).Q).Q).Q
+    return rows @ axes @ axes.T
 
 
 def _sampled(rule: Any, case: _Case, rows: Tensor) -> Tensor:

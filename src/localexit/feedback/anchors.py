@@ -9,7 +9,7 @@ from torch import Tensor
 
 from localexit import _checks
 from localexit.feedback.base import Anchors, Error, Tokens, accumulate_dtype
-from localexit.feedback.ridge import apart_from_mean, ridge_rows
+from localexit.feedback.ridge import apart_from_mean, principal_axes, ridge_rows
 from localexit.feedback.sampling import SAMPLING_OPTIONS, Sampling
 
 
@@ -26,16 +26,18 @@ class LogitAnchors(Sampling):
         vocab_size: V, number of tokens.
         sampled: gather few columns of Z_M a token instead of multiplying with all of them.
         num_anchors: M; at most the number of tokens that count is used. None is 128, and 2D when sampled.
+        rank: keep only this many principal directions of the anchors, which takes the whole product from 2NVM to 2NVR;
+            None keeps all.
         ridge: λ relative to the mean diagonal of H_M H_Mᵀ, the anchors taken apart from their mean.
         topk: kept exactly besides gold (sampled only).
         num_draws: tail tokens drawn (sampled only).
         seed: seed of the choice of anchors and of the draws; None draws one from torch's default generator.
 
     Raises:
-        ValueError: num_anchors is below 1, or another option out of range.
+        ValueError: num_anchors is below 1, rank outside 1..D, or another option out of range.
     """
 
-    options: ClassVar = ("ridge", "num_anchors", *SAMPLING_OPTIONS)
+    options: ClassVar = ("ridge", "num_anchors", "rank", *SAMPLING_OPTIONS)
     name = "anchors"
 
     def __init__(
@@ -45,6 +47,7 @@ class LogitAnchors(Sampling):
         *,
         sampled: bool = False,
         num_anchors: int | None = None,
+        rank: int | None = None,
         ridge: float = 1e-4,
         topk: int = 8,
         num_draws: int = 16,
@@ -57,6 +60,7 @@ class LogitAnchors(Sampling):
         if num_anchors is None:
             num_anchors = 2 * hidden_size if sampled else 128
         self.num_anchors = _checks.count("num_anchors", num_anchors, minimum=1)
+        self.rank = None if rank is None else _checks.rank(rank, hidden_size)
         self.ridge = _checks.non_negative("ridge", ridge)
 
     def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -64,6 +68,9 @@ class LogitAnchors(Sampling):
         sums = accumulate_dtype(dtype)
         hidden, logits = apart_from_mean(anchors.hidden.to(sums), anchors.logits.to(sums))
         back = ridge_rows(hidden, anchors.count, self.ridge)
+        if self.rank is not None:
+            axes = principal_axes(hidden, self.rank)
+            logits, back = (back @ axes).T @ logits, axes.T
         logits = logits.to(dtype).T
         # Few rows are gathered, each of them should lie together.
         return logits.contiguous() if self.sampled else logits, back

@@ -40,6 +40,24 @@ def apart_from_mean(hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, logits
 
 
+def principal_axes(hidden: Tensor, rank: int) -> Tensor:
+    """The directions that hold most of the rows' squared length, nearly: three steps of block power iteration.
+
+    Args:
+        hidden: [M, D], fp32 or fp64.
+        rank: R, at most D.
+
+    Returns:
+        [D, R] with orthonormal columns.
+    """
+    spread = hidden.double().T @ hidden.double()
+    # An eigendecomposition would make a GPU wait for its own failure check.
+    axes = torch.linalg.qr(spread[:, :rank]).Q
+    for _ in range(2):
+        axes = torch.linalg.qr(spread @ axes).Q
+    return axes.to(hidden.dtype)
+
+
 def ridge_rows(hidden: Tensor, count: Tensor, ridge: float) -> Tensor:
     """`(H Hᵀ + λI)⁻¹ H` for H [M, D], with λ = `ridge` times the mean diagonal of `H Hᵀ` over the rows that count.
 
