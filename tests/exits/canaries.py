@@ -47,6 +47,9 @@ def make_rule(name: str, *, seed: int = 3) -> Feedback:
     """A rule by name; a mirror gets rows as if it had learned something: its zeros would feed nothing back."""
     # Fewer than the width: neither an anchor rule nor a mirror becomes the true gradient within a step or two.
     options = {"num_anchors": 8} if "anchors" in name else {"num_pairs": 8} if "mirror" in name else {}
+    if "sampled" in name:
+        # With these no draw lies so close to its neighbour that the rounding of bf16 or fp16 takes it there.
+        options |= {"topk": 16, "num_draws": 16}
     rule = make_feedback(name, WIDTH, VOCAB, seed=seed, **options)
     if "mirror" in name:
         rule.rows.normal_(generator=torch.Generator().manual_seed(seed))
