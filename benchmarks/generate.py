@@ -43,6 +43,11 @@ def strategies(num_exits: int, thresholds: Sequence[float], draft_tokens: Sequen
         **{f"exit {index}": FixedExit(exit_index=index) for index in early},
         **{f"sure at {threshold:g}": ConfidentExit(threshold=threshold) for threshold in thresholds},
         **{
+            f"sure at {threshold:g}, exits {early}": ConfidentExit(threshold=threshold, exits=tuple(early))
+            for threshold in thresholds
+            if len(early) < num_exits - 1
+        },
+        **{
             f"draft {num} at exit {index}": SelfSpeculative(draft_exit=index, draft_tokens=num)
             for index in early
             for num in draft_tokens

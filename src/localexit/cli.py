@@ -96,6 +96,7 @@ class Generate:
         exit: which exit, from 0; negative ones count from the last; "confidence" takes for each token the first exit
             that is sure. Blocks after the exit are not run.
         threshold: with confidence, the probability of its most likely token at which an exit is sure.
+        sure_exits: with confidence, the exits that are asked; all by default.
         draft_exit: draft with this exit and verify with the last: the last exit's text, in fewer of its forwards. Needs
             temperature 0.
         draft_tokens: most tokens to draft at a time.
@@ -110,6 +111,7 @@ class Generate:
     prompt: str
     exit: int | Literal["confidence"] = -1
     threshold: float = 0.9
+    sure_exits: tuple[int, ...] | None = None
     draft_exit: int | None = None
     draft_tokens: int = 4
     max_new_tokens: int = 200
@@ -167,7 +169,7 @@ class Generate:
                 )
             return SelfSpeculative(draft_exit=self.draft_exit, draft_tokens=self.draft_tokens)
         if self.exit == "confidence":
-            return ConfidentExit(threshold=self.threshold)
+            return ConfidentExit(threshold=self.threshold, exits=self.sure_exits)
         return FixedExit(exit_index=self.exit)
 
 

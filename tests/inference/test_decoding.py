@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -103,11 +103,18 @@ def written(local: LocalModel, strategy: Strategy, num: int, prompt: list[int] =
     return list(generate_ids(Decoder(local, prompt, limit=limit), strategy=strategy, sampling=greedy(num)))
 
 
-def confident_reference(local: LocalModel, threshold: float, num: int) -> list[Token]:
+def written_only(local: LocalModel, strategy: Strategy, num: int) -> list[Token]:
+    """Without the check before, which runs the model too."""
+    return list(generate_ids(Decoder(local, PROMPT), strategy=strategy, sampling=greedy(num)))
+
+
+def confident_reference(
+    local: LocalModel, threshold: float, num: int, *, exits: Sequence[int] | None = None
+) -> list[Token]:
     """Every token from a forward over the whole text, exit by exit, without any cache."""
     ids, tokens = list(PROMPT), []
     for _ in range(num):
-        for index in range(local.num_exits):
+        for index in exits or range(local.num_exits):
             logits = local.exit_logits(index, torch.tensor([ids]))[0, -1]
             if logits.softmax(-1).max() >= threshold or index == local.num_exits - 1:
                 break
@@ -130,6 +137,17 @@ def test_confident_exits_are_those_of_a_model_without_a_cache(name: str, exits: 
     threshold = middling(local)
     found = written(local, ConfidentExit(threshold=threshold), 12)
     assert found == confident_reference(local, threshold, 12)
+
+
+def test_only_the_exits_that_are_asked_may_be_sure() -> None:
+    local = local_model("llama")
+    sizes = forwards_of(local.model.model.layers[0]), forwards_of(local.model.model.layers[2])
+    tokens = written_only(local, ConfidentExit(threshold=1e-9, exits=(2,)), 4)
+    assert [token.exit_index for token in tokens] == [2] * 4
+    assert sizes[0] == sizes[1] == [4, 1, 1, 1]
+    threshold = middling(local)
+    found = written(local, ConfidentExit(threshold=threshold, exits=(-2, 1)), 12)
+    assert found == confident_reference(local, threshold, 12, exits=(1, 2, 3))
 
 
 def test_the_reference_leaves_early_and_late() -> None:
@@ -282,6 +300,8 @@ class Pair(nn.Module):
 
 
 class Pairs(PlainDecoder):
+    """Its blocks' second values are not used, like attention weights that nobody asked for."""
+
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Pair(block) for block in self.blocks)
@@ -293,8 +313,26 @@ class Pairs(PlainDecoder):
         return self.head(self.norm(hidden))
 
 
+class UsedPairs(Pairs):
+    """Here the first block's second value goes to the last block."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden, values = self.embed(tokens), []
+        for block in self.blocks:
+            hidden, value = block(hidden + values[0] if len(values) == 2 else hidden, 1.5 * self.decay)
+            values.append(value)
+        return self.head(self.norm(hidden))
+
+
+def test_values_that_nobody_uses_do_not_matter() -> None:
+    torch.manual_seed(0)
+    local = attached(Pairs().double()).eval()
+    threshold = middling(local)
+    assert written(local, ConfidentExit(threshold=threshold), 8) == confident_reference(local, threshold, 8)
+
+
 @pytest.mark.parametrize(
-    ("model", "reason"), [(Stash, "the logits then differ by"), (Pairs, "it returns other tensors than its hidden")]
+    ("model", "reason"), [(Stash, "the logits then differ by"), (UsedPairs, "unsupported operand")]
 )
 @pytest.mark.parametrize("strategy", [ConfidentExit(), SelfSpeculative()])
 def test_a_model_whose_blocks_cannot_wait_is_refused(model: type[nn.Module], reason: str, strategy: Strategy) -> None:
@@ -307,6 +345,11 @@ def test_a_model_whose_blocks_cannot_wait_is_refused(model: type[nn.Module], rea
 
 def test_a_model_with_one_exit_has_nothing_to_catch_up() -> None:
     check_catching_up(attached(build("llama"), exits=[-1]).eval())
+
+
+def test_exits_that_are_not_there_cannot_be_sure() -> None:
+    with pytest.raises(ValueError, match="exit must be in -4..3, got 4"):
+        ConfidentExit(exits=(1, 4)).check(local_model("llama"), greedy(1))
 
 
 def test_speculation_is_greedy_and_drafts_before_the_last_exit() -> None:

@@ -73,30 +73,44 @@ class ConfidentExit:
 
     An exit is sure when the probability of its most likely token, at temperature 1, reaches the threshold.
 
+    Every exit that is asked costs its product with the unembedding and a forward of its own; fewer exits ask less.
+
     Attributes:
         threshold: in (0, 1].
+        exits: which exits are asked; negative ones count from the last. None for all. The last one always writes what
+            no other does.
     """
 
     threshold: float = 0.9
+    exits: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _values.fraction("threshold", self.threshold)
+        for exit_index in self.exits or ():
+            _values.integer("exits", exit_index)
 
     def check(self, local: LocalModel, sampling: Sampling) -> None:  # noqa: ARG002
-        """Refuse a model whose deeper blocks cannot catch up."""
+        """Refuse exits that there are not, and a model whose deeper blocks cannot catch up."""
+        self._asked(local)
         _check_catching_up(local)
 
     def write(self, decoder: Decoder, choose: Choose) -> list[Token]:
         """Add one token."""
-        last = decoder.local.num_exits - 1
-        exit_index = 0
-        logits = decoder.logits(exit_index)[-1]
-        while exit_index < last and float(logits.float().softmax(-1).max()) < self.threshold:
-            exit_index += 1
+        *asked, last = self._asked(decoder.local)
+        for exit_index in asked:
             logits = decoder.logits(exit_index)[-1]
+            if float(logits.float().softmax(-1).max()) >= self.threshold:
+                break
+        else:
+            exit_index, logits = last, decoder.logits(last)[-1]
         token = choose(logits)
         decoder.append(token)
         return [Token(token, exit_index)]
+
+    def _asked(self, local: LocalModel) -> list[int]:
+        """The exits that are asked in their order, and the last one."""
+        exits = range(local.num_exits) if self.exits is None else map(local.exit_position, self.exits)
+        return sorted({*exits, local.num_exits - 1})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,8 +59,8 @@ class BlockHooks:
         self._num_skipped = 0
         self._checked: set[int] = set()
         self._first_inputs: set[Any] = set()
-        # What each block returned after its hidden when it last ran outside of training, for `skipping`.
-        self._rests: dict[int, tuple[None, ...] | None] = {}
+        # How many values each block returned when it last ran outside of training, None for a bare hidden.
+        self._num_returned: dict[int, int | None] = {}
         # A compiled block must not trace what happens at an exit. Plain functions, so that a deep copy of these hooks
         # works on the copy.
         self._enter_block = torch.compiler.disable(BlockHooks._separate_inputs)
@@ -109,20 +109,19 @@ class BlockHooks:
     def skipping(self, num_blocks: int, hidden: Tensor) -> Iterator[None]:
         """Do not run the first `num_blocks` blocks: a forward inside goes on from `hidden` after the last of them.
 
+        What else these blocks return (attention weights, for one) is None in there: whether a model minds must be
+        tried.
+
         Raises:
-            ValueError: one of them returns more than its hidden, or has not run before.
+            ValueError: one of them has not run yet.
         """
-        self._num_skipped = num_blocks
         with ExitStack() as stack:
-            stack.callback(setattr, self, "_num_skipped", 0)
             for index, (name, block) in enumerate(self._blocks[:num_blocks]):
-                if index not in self._rests:
-                    raise ValueError(
-                        f"{name} cannot be skipped: it returns other tensors than its hidden, which later blocks may "
-                        f"need, or it has not run yet; run the model from its first block"
-                    )
-                rest = self._rests[index]
-                stack.enter_context(_replaced_forward(block, hidden if rest is None else (hidden, *rest)))
+                if index not in self._num_returned:
+                    raise ValueError(f"{name} has not run yet; run the model from its first block once")
+                num = self._num_returned[index]
+                output = hidden if num is None else (hidden, *[None] * (num - 1))
+                stack.enter_context(_replaced_forward(block, output))
             yield
 
     def remove(self) -> None:
@@ -164,7 +163,7 @@ class BlockHooks:
         unit = self._units[index]
         graph = self._graphs[unit.index]
         if not step.is_training:
-            self._remember(index, output)
+            self._num_returned[index] = None if isinstance(output, Tensor) else len(output)
         if index < self._num_skipped:
             return None
         if index != unit.block_indices[-1]:
@@ -178,13 +177,6 @@ class BlockHooks:
         graph.leave()
         self._is_done = unit.index == step.last_exit
         return replace_tensors(output, detach_tensor) if step.is_training else None
-
-    def _remember(self, index: int, output: Any) -> None:
-        rest = None if isinstance(output, Tensor) else tuple(output[1:])
-        if rest is None or all(item is None for item in rest):
-            self._rests[index] = rest
-        else:
-            self._rests.pop(index, None)
 
     def _check(self, unit: Unit, hidden: Tensor) -> None:
         """In its first training step: does this unit's loss train its own blocks, and nothing else?"""

@@ -337,7 +337,9 @@ class LocalModel(nn.Module):
         """Hidden states after unit `last`; of the blocks only those of the units `first` to `last` are run.
 
         Positions, masks and whatever else the model gives its blocks, it makes from the token ids and from `inputs`,
-        as in any forward. With a cache in `inputs`, the units' blocks see and fill their own part of it.
+        as in any forward. With a cache in `inputs`, the units' blocks see and fill their own part of it. A model whose
+        blocks pass more than their hidden to later units cannot be run like this; whether this one does must be tried
+        (`localexit.inference.decoder.check_catching_up` does).
 
         Args:
             first: the first unit to run.
@@ -350,7 +352,7 @@ class LocalModel(nn.Module):
             [B, T, D'], for `logits_from` or for the units after `last`.
 
         Raises:
-            ValueError: the blocks before unit `first` cannot be left out.
+            ValueError: the blocks before unit `first` have not run yet.
         """
         hooks = self._running_hooks()
         num_skipped = self.units[first].block_indices[0]
