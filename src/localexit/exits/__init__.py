@@ -9,7 +9,7 @@ from localexit.exits.heads import (
     HybridTopKTailSketchCompressor,
     orthonormal_columns,
 )
-from localexit.exits.ranks import DataParallel
+from localexit.exits.ranks import DataParallel, VocabParallel
 
 __all__ = [
     "DataParallel",
@@ -20,6 +20,7 @@ __all__ = [
     "ExitStep",
     "FactorizedExitHead",
     "HybridTopKTailSketchCompressor",
+    "VocabParallel",
     "exit_cross_entropy",
     "exit_step",
     "orthonormal_columns",

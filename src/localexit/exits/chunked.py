@@ -10,6 +10,7 @@ from torch import Tensor
 
 from localexit import _checks
 from localexit.exits.loss import LossOptions, RowResult, loss_and_error, tile_error
+from localexit.exits.ranks import VocabParallel
 from localexit.feedback.base import Anchors, Error, Feedback, Tokens, accumulate_dtype, product
 from localexit.feedback.groups import GROUP, reduce_groups
 
@@ -33,6 +34,7 @@ class LossCall:
         row_weight: fp32 or fp64 [N], what each row's loss is multiplied by.
         compute_dtype: dtype of the products.
         options: options of the loss.
+        vocab: the ranks that share the unembedding, of which weight and bias are this one's rows, or None.
     """
 
     hidden: Tensor
@@ -42,6 +44,12 @@ class LossCall:
     row_weight: Tensor
     compute_dtype: torch.dtype
     options: LossOptions = field(default_factory=LossOptions)
+    vocab: VocabParallel | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """V, of all ranks together where several share the unembedding."""
+        return self.weight.shape[0] if self.vocab is None else self.vocab.vocab_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +275,9 @@ def _chunks(call: ExitCall, stages: Stages) -> Sequence[slice]:
     if num_rows == 0:
         return []
     budget = call.chunk_bytes or _default_chunk_bytes(call, stages)
-    size = chunk_rows(num_rows, call.weight.shape[0], stages.buffer_dtype(call).itemsize, budget)
+    # Ranks that share the unembedding go through the same chunks.
+    num_columns = call.weight.shape[0] if call.vocab is None else call.vocab.largest_shard
+    size = chunk_rows(num_rows, num_columns, stages.buffer_dtype(call).itemsize, budget)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
@@ -290,11 +300,11 @@ class _Loop:
         self.value_dtype = stages.value_dtype(call)
         num_rows, vocab_size = call.hidden.shape[0], call.weight.shape[0]
         is_counted = call.target != call.options.ignore_index
-        self.is_bad = is_counted & ((call.target < 0) | (call.target >= vocab_size))
+        self.is_bad = is_counted & ((call.target < 0) | (call.target >= call.vocab_size))
         self.is_counted = is_counted & ~self.is_bad
         if not call.hidden.is_cuda:
             # Looking costs a synchronisation on a GPU: there the loss becomes NaN instead, and the stats say why.
-            _checks.targets_in_range(self.is_bad, call.target, vocab_size, call.options.ignore_index)
+            _checks.targets_in_range(self.is_bad, call.target, call.vocab_size, call.options.ignore_index)
         self.target = torch.where(self.is_counted, call.target, 0).long()
         self.scale = torch.where(self.is_counted, call.row_weight, 0).to(self.sum_dtype)
         self.weight = call.weight.to(call.compute_dtype)

@@ -13,8 +13,9 @@ from localexit.exits.backends import Backend, choose_backend, stages_of
 from localexit.exits.chunked import ExitCall, ExitResult, measure, run_exit
 from localexit.exits.loss import LossOptions
 from localexit.exits.operators import exit_loss
-from localexit.exits.ranks import DataParallel, choose_among_ranks
+from localexit.exits.ranks import DataParallel, VocabParallel, choose_among_ranks
 from localexit.exits.tiled import add_tiled_grads
+from localexit.exits.vocab import local_weight, refuse_unsupported, sharded_loss, sharded_stages
 from localexit.feedback.base import Feedback, accumulate_dtype
 from localexit.feedback.draws import choice_keys, choose_rows, stratified_uniforms
 from localexit.feedback.registry import from_spec
@@ -96,6 +97,7 @@ def exit_cross_entropy(
     weight_grad: WeightGrad = "exact",
     chunk_bytes: int | None = None,
     data_parallel: DataParallel | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor: ...
 
 
@@ -122,6 +124,7 @@ def exit_cross_entropy(
     weight_grad: WeightGrad = "exact",
     chunk_bytes: int | None = None,
     data_parallel: DataParallel | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> tuple[Tensor, ExitStats]: ...
 
 
@@ -147,6 +150,7 @@ def exit_cross_entropy(
     weight_grad: WeightGrad = "exact",
     chunk_bytes: int | None = None,
     data_parallel: DataParallel | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor | tuple[Tensor, ExitStats]:
     """Cross-entropy of `input @ linear_weight.T` against target, without the [N, V] logits, with surrogate feedback.
 
@@ -200,6 +204,10 @@ def exit_cross_entropy(
         data_parallel: the ranks that share the batch; every one makes this call, with its own tokens. Tokens are
             chosen among those of all ranks, and "mean" divides by the tokens of all ranks over the number of ranks:
             the mean over ranks of loss and gradients is that of the whole batch. Give each rank its `first_row`.
+        vocab_parallel: the ranks that share the unembedding; every one makes this call with the same tokens, its own
+            rows of linear_weight and linear_bias, and its part of the rule (`VocabParallel.shard`). Every rank gets the
+            whole loss and feedback, and the gradients of its rows. A `DTensor` as linear_weight that is sharded by rows
+            says so itself.
 
     Returns:
         The loss in fp32 (fp64 for fp64 input), 0-dim or target's shape; with return_stats `(loss, stats)`. All tokens
@@ -211,6 +219,7 @@ def exit_cross_entropy(
             an argument carries a forward-mode tangent.
         RuntimeError: in a second differentiation, and under the transforms of `torch.func`.
     """
+    linear_weight, vocab_parallel = local_weight(linear_weight, vocab_parallel)
     _checks.reverse_mode(input=input, linear_weight=linear_weight, linear_bias=linear_bias, token_weight=token_weight)
     call = _build_call(
         input,
@@ -229,6 +238,7 @@ def exit_cross_entropy(
         weight_grad=weight_grad,
         chunk_bytes=chunk_bytes,
         data_parallel=data_parallel,
+        vocab_parallel=vocab_parallel,
         need_hidden=_needs_grad(input),
         need_weight=_needs_grad(linear_weight),
         need_bias=_needs_grad(linear_bias),
@@ -236,6 +246,11 @@ def exit_cross_entropy(
     )
     if torch.is_grad_enabled() and feedback.training:
         _collect_pairs(feedback, call, exit_index, first_row, data_parallel)
+    if vocab_parallel is not None:
+        loss, run = sharded_loss(replace(call, rule=from_spec(feedback.spec(), feedback.state(linear_weight))))
+        if not return_stats:
+            return loss
+        return loss, _stats(call, target, run.gold_logit, run.log_prob, run.argmax, run.entropy, run.is_bad)
     loss, _, gold_logit, log_prob, argmax, entropy, is_bad, *_ = exit_loss(
         call.hidden,
         call.weight,
@@ -293,6 +308,7 @@ def exit_step(
     weight_grad: WeightGrad = "exact",
     chunk_bytes: int | None = None,
     data_parallel: DataParallel | None = None,
+    vocab_parallel: VocabParallel | None = None,
     need_feedback: bool = True,
 ) -> ExitStep:
     """One exit without autograd: adds dW where it belongs, returns the loss and the feedback.
@@ -302,8 +318,8 @@ def exit_step(
     Args:
         input, linear_weight, target, feedback, linear_bias, token_weight, reduction, ignore_index, label_smoothing,
             z_loss, softcap, num_items, backend, return_stats, exit_index, first_row, preset, weight_grad, chunk_bytes,
-            data_parallel: see `exit_cross_entropy`; a loss scale goes into `token_weight`. reduction "none" is not for
-            a function without a backward.
+            data_parallel, vocab_parallel: see `exit_cross_entropy`; a loss scale goes into `token_weight`. reduction
+            "none" is not for a function without a backward.
         grad_weight: [V, D] in fp32 (fp64 for fp64 products), dW is added to it in place; None skips dW. For fp32
             weights `linear_weight.grad` may be passed itself.
         grad_bias: [V], likewise for db.
@@ -313,6 +329,7 @@ def exit_step(
         TypeError, ValueError: see `exit_cross_entropy`; or an accumulator of the wrong shape or dtype.
     """
     _checks.choice("reduction", reduction, ("mean", "sum"))
+    linear_weight, vocab_parallel = local_weight(linear_weight, vocab_parallel)
     with torch.no_grad():
         call = _build_call(
             input,
@@ -331,6 +348,7 @@ def exit_step(
             weight_grad=weight_grad,
             chunk_bytes=chunk_bytes,
             data_parallel=data_parallel,
+            vocab_parallel=vocab_parallel,
             need_hidden=need_feedback,
             need_weight=grad_weight is not None,
             need_bias=grad_bias is not None,
@@ -349,7 +367,7 @@ def exit_step(
 
 
 def _run_preset(call: ExitCall, grad_weight: Tensor | None, grad_bias: Tensor | None) -> ExitResult:
-    stages = stages_of(call.backend)
+    stages = stages_of(call.backend) if call.vocab is None else sharded_stages(call.vocab)
     if call.preset == "fast":
         return run_exit(call, weight_grad=grad_weight, bias_grad=grad_bias, stages=stages)
     result = run_exit(replace(call, need_weight=False, need_bias=False), stages=stages)
@@ -392,6 +410,7 @@ def _build_call(
     weight_grad: WeightGrad,
     chunk_bytes: int | None,
     data_parallel: DataParallel | None,
+    vocab_parallel: VocabParallel | None,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -431,11 +450,19 @@ def _build_call(
         need_bias=need_bias,
         need_stats=need_stats,
         backend=choose_backend(
-            backend, device=input.device, compute_dtype=compute_dtype, rule=feedback, options=options
+            # The kernels are not there for shards.
+            "torch" if backend == "auto" and vocab_parallel is not None else backend,
+            device=input.device,
+            compute_dtype=compute_dtype,
+            rule=feedback,
+            options=options,
         ),
         preset=preset,
         is_filtered=weight_grad == "filtered",
+        vocab=vocab_parallel,
     )
+    if vocab_parallel is not None:
+        refuse_unsupported(call, reduction)
     if not feedback.num_anchors:
         return call
     if data_parallel is None:

@@ -1,12 +1,14 @@
-"""Data parallelism as an exit sees it: what ranks that share a batch have to tell each other.
+"""Parallelism as an exit sees it: what ranks that share a batch, or an unembedding, have to tell each other.
 
-Every rank holds the whole unembedding and its own tokens. An exit's loss divides by the tokens of all ranks, and a
-choice of tokens (anchors, forward pairs of a mirror) is made among those of all ranks, so that what is computed does
-not depend on how the batch is shared out.
+Data parallel: every rank holds the whole unembedding and its own tokens. An exit's loss divides by the tokens of all
+ranks, and a choice of tokens (anchors, forward pairs of a mirror) is made among those of all ranks, so that what is
+computed does not depend on how the batch is shared out. Vocabulary parallel: every rank holds some of the unembedding's
+rows and all the tokens; see `exits.vocab`.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from localexit import _checks
+from localexit.feedback.base import Feedback
 from localexit.feedback.draws import UNCOUNTED
+
+# Buffers of rules that have a row for each of the D numbers of a hidden state, not for each token.
+_OF_HIDDEN = frozenset({"expander", "residual_base"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,78 @@ class DataParallel:
     def copy_from_first(self, tensor: Tensor) -> None:
         """Overwrite a tensor with what the first rank has."""
         dist.broadcast(tensor.detach(), group=self.group, group_src=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabParallel:
+    """The ranks that share an unembedding: rank i holds the i-th of `size` runs of ceil(V / size) rows.
+
+    These are the shards of `DTensor`'s `Shard(0)`, and of `torch.chunk`.
+
+    Args:
+        vocab_size: V, of all ranks together.
+        group: the process group; None is the default group.
+
+    Raises:
+        ValueError: torch.distributed is not initialised, this process is not in the group, or a rank would have no row.
+    """
+
+    vocab_size: int
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        _checks.process_group("group", self.group)
+        _checks.count("vocab_size", self.vocab_size, minimum=1)
+        if self.largest_shard * (self.size - 1) >= self.vocab_size:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} leaves the last of {self.size} ranks without a row; use fewer ranks"
+            )
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return dist.get_world_size(self.group)
+
+    @property
+    def largest_shard(self) -> int:
+        """Rows of every rank but the last."""
+        return -(-self.vocab_size // self.size)
+
+    @property
+    def rows(self) -> slice:
+        """This rank's rows among all V."""
+        first = dist.get_rank(self.group) * self.largest_shard
+        return slice(first, min(first + self.largest_shard, self.vocab_size))
+
+    def shard(self, feedback: Feedback) -> Feedback:
+        """The part of a rule that belongs to this rank's rows: a rule of its own, for the exits of this rank.
+
+        Args:
+            feedback: made for all V rows, with the same seed on every rank; it stays as it is.
+        """
+        part = copy.deepcopy(feedback)
+        part.vocab_size = self.rows.stop - self.rows.start
+        for name, buffer in feedback.named_buffers():
+            if buffer.dim() and buffer.shape[0] == self.vocab_size and name not in _OF_HIDDEN:
+                part.register_buffer(name, buffer[self.rows].clone())
+        return part
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum of the ranks' parts."""
+        total = part.contiguous()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The ranks' parts [...] next to each other: [size, ...]."""
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+    def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens as rows of this rank, 0 where they are elsewhere; whether they are here."""
+        is_here = (ids >= self.rows.start) & (ids < self.rows.stop)
+        return torch.where(is_here, ids - self.rows.start, 0), is_here
 
 
 @dataclass(frozen=True, kw_only=True)

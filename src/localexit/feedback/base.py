@@ -60,6 +60,15 @@ class Error:
         """`e @ codes` for codes [V, R] in the dtype of `values`: [n, R], in the accumulation dtype."""
         return self._scaled(product(self.values, codes, self.scale.dtype))
 
+    @property
+    def vocab_size(self) -> int:
+        """V, how many tokens there are."""
+        return self.values.shape[1]
+
+    def lookup(self, table: Tensor, ids: Tensor) -> Tensor:
+        """`table[ids]` for a table [V] and int64 ids [n, k]: [n, k]."""
+        return table[ids]
+
     def gather(self, ids: Tensor) -> Tensor:
         """The entries e[i, ids[i, j]] for int64 ids [n, k]: [n, k]."""
         return self._scaled(self.values.gather(1, ids))
@@ -99,7 +108,7 @@ class Error:
         Returns:
             ids int64 [n, 1 + k + m] and weights [n, 1 + k + m]; eq. (12) is their sum of weighted rows.
         """
-        kept = torch.cat([target[:, None], self.topk(min(k, self.values.shape[1] - 1), target)], dim=1)
+        kept = torch.cat([target[:, None], self.topk(min(k, self.vocab_size - 1), target)], dim=1)
         drawn, weights = self.sample(uniforms, kept)
         return torch.cat([kept, drawn], dim=1), torch.cat([self.gather(kept), weights], dim=1)
 
@@ -112,6 +121,10 @@ class Error:
         for column, weight in zip(ids.T, weights.T, strict=True):
             total.addcmul_(rows[column].to(weights.dtype), weight[:, None])
         return total
+
+    def weighted_codes(self, ids: Tensor, weights: Tensor, codes: Tensor) -> Tensor:
+        """The same for codes [V, R] so narrow that [n, k, R] may be made: [n, R] in the weights' dtype."""
+        return torch.einsum("nk,nkr->nr", weights, codes[ids].to(weights.dtype))
 
     def _scaled(self, rows: Tensor) -> Tensor:
         return self.scale[:, None] * rows.to(self.scale.dtype)
@@ -143,6 +156,18 @@ class Tokens:
     log_normaliser: Tensor | None = None
     softcap: float | None = None
     uniforms: Tensor | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """V, for rules with `needs_logits`."""
+        assert self.logits is not None, "the rule does not declare needs_logits"
+        return self.logits.shape[1]
+
+    def top_logits(self, k: int) -> tuple[Tensor, Tensor]:
+        """The largest raw logits of each token, at most k, falling, and whose they are: [n, k] each."""
+        assert self.logits is not None, "the rule does not declare needs_logits"
+        top = self.logits.topk(min(k, self.logits.shape[1]), dim=1)
+        return top.values, top.indices
 
 
 @dataclass(frozen=True, kw_only=True)

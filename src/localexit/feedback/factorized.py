@@ -169,13 +169,14 @@ def hybrid_code(
     tail = error.matmul(sketch)
     if exact.shape[1] == 0:
         return tail
-    top = error.topk(min(topk, error.values.shape[1] - 1), target)
+    top = error.topk(min(topk, error.vocab_size - 1), target)
     chosen = torch.cat([target[:, None], top], dim=1)  # [n, 1 + k], all different
     entries = error.gather(chosen)
-    head = torch.einsum("nk,nkr->nr", entries, exact[chosen].to(entries.dtype))
+    head = error.weighted_codes(chosen, entries, exact)
     if sketch.shape[1] > 0:
+        buckets = error.lookup(bucket, chosen).long()
         # Accumulating, so that two chosen tokens of one bucket are both removed from it.
-        tail = tail.scatter_add(1, bucket[chosen].long(), -entries * sign[chosen].to(entries.dtype))
+        tail = tail.scatter_add(1, buckets, -entries * error.lookup(sign, chosen).to(entries.dtype))
     return torch.cat([head, tail], dim=1)
 
 

@@ -43,18 +43,15 @@ def nucleus(tokens: Tokens, threshold: float, cap: int) -> tuple[Tensor, Tensor,
         ids int64 [n, k] by falling probability with k = min(cap, V); is_inside bool [n, k]; is_cut bool [n], whether
         the k tokens do not reach the threshold.
     """
-    assert tokens.logits is not None
     assert tokens.log_normaliser is not None
     # A soft cap is monotone: the largest raw logits are the most probable tokens.
-    vocab_size = tokens.logits.shape[1]
-    top = tokens.logits.topk(min(cap, vocab_size), dim=1)
-    logits = top.values
+    logits, ids = tokens.top_logits(cap)
     if tokens.softcap is not None:
         logits = tokens.softcap * torch.tanh(logits / tokens.softcap)
     probability = (logits - tokens.log_normaliser[:, None]).exp()
     mass = probability.cumsum(1)
-    is_cut = (mass[:, -1] < threshold) & (cap < vocab_size)
-    return top.indices, mass - probability < threshold, is_cut
+    is_cut = (mass[:, -1] < threshold) & (cap < tokens.vocab_size)
+    return ids, mass - probability < threshold, is_cut
 
 
 def topmass_code(error: Error, tokens: Tokens, codes: Tensor, *, threshold: float, cap: int) -> Tensor:
@@ -79,7 +76,8 @@ def _warn_if_cut(is_cut: Tensor, cap: int) -> None:
 
 def gold_code(error: Error, tokens: Tokens, codes: Tensor) -> Tensor:
     """e[gold] q_gold: [n, R]."""
-    return error.gather(tokens.target[:, None]) * codes[tokens.target]
+    gold = tokens.target[:, None]
+    return error.weighted_codes(gold, error.gather(gold), codes)
 
 
 class ExactParallel(Feedback):
