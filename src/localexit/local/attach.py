@@ -12,7 +12,7 @@ from localexit import _checks
 from localexit.exits.ranks import DataParallel
 from localexit.feedback import Feedback, make_feedback
 from localexit.local.discover import Anatomy, discover
-from localexit.local.exits import Exit, Readout, make_exits, warn_if_scale_invariant
+from localexit.local.exits import Exit, Readout, add_bodies, make_exits, warn_if_scale_invariant
 from localexit.local.model import LocalModel
 from localexit.local.schedule import ExitSchedule
 from localexit.local.sharding import is_sharded, reshard, sharded_modules
@@ -28,6 +28,7 @@ def attach(
     feedback: str | Feedback = "mirror_sampled",
     exits: str | Iterable[int] = "every",
     exit_norm: str | nn.Module = "shared",
+    exit_body: str = "norm",
     backward: str = "deferred",
     exit_weights: Sequence[float] | None = None,
     schedule: ExitSchedule | None = None,
@@ -60,6 +61,8 @@ def attach(
         exits: "every" block, "every:k" for every k-th, or block indices. The last block always has one.
         exit_norm: what stands between a block and the unembedding at all exits but the last, which has the model's own:
             "shared" (the model's own, trained by all), "copy" (a copy each), "none", or a module.
+        exit_body: what all exits but the last have of their own in front of that, trained with their units: "norm" for
+            nothing more, "mlp" for a residual MLP.
         backward: "deferred": the loss has its graph, and any outer backward trains the model; until then every unit's
             activations and every exit's [V, D] gradient of the unembedding are kept. "stream": gradients are made
             during the forward, one unit's activations live at a time, and all exits share one such gradient. Two
@@ -69,7 +72,7 @@ def attach(
         schedule: a warm-up of the weights; fewer exits or fewer tokens a step, to make exits cheaper. None: every exit
             sees all tokens in every step.
         example: token ids [B, T], or a dict with the inputs of one forward, where random ids would not do.
-        seed: seed of the rule when given by name, and of the random tokens.
+        seed: seed of the rule when given by name, of the exits' bodies, and of the random tokens.
         label_smoothing: of the training loss, in [0, 1).
         z_loss: factor of lse² in the training loss.
         data_parallel: the ranks that share each batch, every one with batches of one shape and the same model. With
@@ -94,6 +97,7 @@ def attach(
     # The forward has left whole parameters where units are to find sharded ones.
     reshard(sharded_modules(model))
     model_exits, exit_norms = make_exits(exit_blocks(exits, len(anatomy.blocks)), anatomy, exit_norm)
+    model_exits, exit_bodies = add_bodies(model_exits, anatomy, exit_body, seed=seed)
     rule = _rule(feedback, anatomy.unembedding.weight, seed=seed)
     warn_if_scale_invariant(model_exits, anatomy.example_hidden, rule.name)
     units, shared = make_units(
@@ -101,7 +105,7 @@ def attach(
         anatomy.blocks,
         [exit_.block_index for exit_ in model_exits],
         shared=_shared_by_exits(anatomy, model_exits, exit_norm),
-        norms=[exit_.norm for exit_ in model_exits],
+        norms=[(*exit_.body, *exit_.norm) for exit_ in model_exits],
     )
     readout = Readout(unembedding=anatomy.unembedding, scale=anatomy.scale, softcap=anatomy.softcap)
     local = LocalModel(
@@ -111,7 +115,9 @@ def attach(
         shared=shared,
         exits=model_exits,
         exit_norms=exit_norms,
+        exit_bodies=exit_bodies,
         exit_norm=exit_norm if isinstance(exit_norm, str) else None,
+        exit_body=exit_body,
         settings=LossSettings(
             readout=readout,
             feedback=rule,

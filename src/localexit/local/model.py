@@ -105,11 +105,13 @@ class LocalModel(nn.Module):
     Attributes:
         model: the model.
         exit_norms: the exits' norms that are not part of the model.
+        exit_bodies: what the exits have of their own in front of their norms.
         feedback: the rule that all exits share.
         anatomy: the parts of the model that attach() found.
         units: what learns together, first to last; unit i ends in exit i.
         exits: the exits, first to last.
         exit_norm: the name given to `attach`; None when it was a module.
+        exit_body: the name given to `attach`.
         blocks: the model's blocks, first to last.
         backward_mode: "deferred" or "stream"; "joint" or "direct" for the controls that are not local.
         in_backward: what steps each unit after its backward, a `StepInBackward`, or None.
@@ -125,7 +127,9 @@ class LocalModel(nn.Module):
         shared: tuple[nn.Parameter, ...],
         exits: tuple[Exit, ...],
         exit_norms: nn.ModuleList,
+        exit_bodies: nn.ModuleList,
         exit_norm: str | None,
+        exit_body: str,
         settings: LossSettings,
         backward_mode: str,
         exit_weights: Sequence[float] | None,
@@ -134,11 +138,13 @@ class LocalModel(nn.Module):
         super().__init__()
         self.model = model
         self.exit_norms = exit_norms
+        self.exit_bodies = exit_bodies
         self.feedback = settings.feedback
         self.anatomy = anatomy
         self.units = units
         self.exits = exits
         self.exit_norm = exit_norm
+        self.exit_body = exit_body
         self.backward_mode = backward_mode
         self.exit_weights = (1.0,) * len(exits) if exit_weights is None else exit_weights
         self.blocks = anatomy.blocks

@@ -32,8 +32,8 @@ def save_exits(local: LocalModel, folder: str | Path) -> Path:
         folder: of the model; made when it does not exist.
 
     Returns:
-        The file. Its tensors are the exit norms that are not part of the model, and the rule's state; its metadata has
-        the arguments of `attach`.
+        The file. Its tensors are the exits' norms and bodies that are not part of the model, and the rule's state; its
+        metadata has the arguments of `attach`.
     """
     path = Path(folder) / EXITS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +70,8 @@ def load_exits(
         norm = _exit_norm(settings["exit_norm"], exit_norm)
         rule = _rule(settings["feedback"], feedback, model)
         schedule = _schedule(settings["schedule"])
+        # The first files were written before exits could have bodies.
+        body = settings.get("exit_body", "norm")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: it does not say how its exits were attached ({error!r}); it is damaged") from error
     local = attach(
@@ -77,6 +79,7 @@ def load_exits(
         feedback=rule,
         exits=exits,
         exit_norm=norm,
+        exit_body=body,
         backward=backward,
         exit_weights=weights,
         schedule=schedule,
@@ -106,6 +109,7 @@ def restore_exits(local: LocalModel, folder: str | Path) -> None:
         odd = sorted(own.keys() ^ tensors.keys()) or sorted(n for n in own if own[n].shape != tensors[n].shape)
         raise ValueError(f"{path} does not fit the exits of this model ({', '.join(odd[:3])}); one of them is damaged")
     local.exit_norms.load_state_dict(_below("exit_norms.", tensors))
+    local.exit_bodies.load_state_dict(_below("exit_bodies.", tensors))
     local.feedback.load_state_dict(_below("feedback.", tensors))
 
 
@@ -114,6 +118,7 @@ def _settings(local: LocalModel) -> dict[str, Any]:
     return {
         "exits": [exit_.block_index for exit_ in local.exits],
         "exit_norm": local.exit_norm,
+        "exit_body": local.exit_body,
         "exit_weights": local.exit_weights,
         "schedule": asdict(local.schedule),
         "feedback": {
@@ -180,7 +185,7 @@ def _rule(saved: Mapping[str, Any], given: Feedback | None, model: nn.Module) ->
 
 
 def _tensors(local: LocalModel) -> dict[str, Tensor]:
-    parts = {"exit_norms": local.exit_norms, "feedback": local.feedback}
+    parts = {"exit_norms": local.exit_norms, "exit_bodies": local.exit_bodies, "feedback": local.feedback}
     return {
         f"{part}.{name}": tensor.detach().cpu().contiguous()
         for part, module in parts.items()

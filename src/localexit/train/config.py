@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from localexit.feedback import Feedback
 
 ExitNorm = Literal["shared", "copy", "none"]
+ExitBody = Literal["norm", "mlp"]
 Backward = Literal["stream", "deferred", "joint", "direct"]
 LOCAL_BACKWARDS = ("stream", "deferred")
 Decay = Literal["linear", "cosine"]
@@ -39,6 +40,7 @@ _ADDED_FIELDS: Mapping[str, Any] = {
     "non_finite": "stop",
     "max_skipped": 10,
     "optimizer": "after_backward",
+    "exit_body": "norm",
     "exit_weights": None,
     "exit_warmup": 0,
     "exits_per_step": None,
@@ -110,6 +112,7 @@ class TrainConfig:
         feedback: the rule, alone or with options of its own.
         exits: which blocks have one: every, every:K, or indices such as 1,3,5; the last block always has.
         exit_norm: the norm at early exits: the model's own (shared), a copy each, or none.
+        exit_body: what early exits have of their own in front of that: nothing more (norm), or a residual mlp.
         exit_weights: what each exit's loss counts, one number an exit; 1 each by default.
         exit_warmup: steps in which the exits' weights rise from zero.
         exits_per_step: so many exits, drawn at random, take part in a step; all by default.
@@ -159,6 +162,7 @@ class TrainConfig:
     feedback: FeedbackSpec = FeedbackSpec(name="mirror")
     exits: str = "every"
     exit_norm: ExitNorm = "shared"
+    exit_body: ExitBody = "norm"
     exit_weights: tuple[float, ...] | None = None
     exit_warmup: int = 0
     exits_per_step: int | None = None
@@ -208,6 +212,7 @@ class TrainConfig:
         _values.count("context", self.context, minimum=2)
         for name, kinds in (
             ("exit_norm", ExitNorm),
+            ("exit_body", ExitBody),
             ("backward", Backward),
             ("decay", Decay),
             ("precision", Precision),

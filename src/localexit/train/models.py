@@ -86,6 +86,7 @@ def attach_exits(
         feedback=rule,
         exits=exit_indices(config.exits),
         exit_norm=config.exit_norm,
+        exit_body=config.exit_body,
         exit_weights=config.exit_weights,
         schedule=ExitSchedule(
             exits_per_step=config.exits_per_step, token_share=config.token_share, warmup=config.exit_warmup
