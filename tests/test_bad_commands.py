@@ -30,6 +30,14 @@ CASES: list[tuple[str, list[str]]] = [
     ("--fast", ["--fast"]),
     ("train --fast 3", ["--fast"]),
     ("train one two", ["two"]),
+    # Comparisons.
+    ("compare --preset b9", ["--preset", "b9", "b0-sweep"]),
+    ("compare --methods mirrors", ["method must be one of", "mirrors", "backprop"]),
+    ("compare --methods dense:topk=3", ["dense", "topk"]),
+    ("compare --methods dense@steps=3", ["setting of method 'dense'", "steps"]),
+    ("compare --seeds -1", ["seed must be at least 0", "-1"]),
+    ("compare --budgets 10", ["warmup_steps", "steps=10"]),
+    ("compare --processes 0", ["processes must be at least 1"]),
     # Options that are not of their type.
     ("train --lr quick", ["--lr", "quick"]),
     ("train --lr", ["--lr"]),
@@ -206,7 +214,7 @@ def test_a_fresh_process_refuses_within_a_second(arguments: str, folder: Path) -
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs wait4")
-@pytest.mark.parametrize("command", ["", "train", "generate", "report", "audit", "bench"])
+@pytest.mark.parametrize("command", ["", "train", "generate", "report", "audit", "bench", "compare"])
 def test_help_comes_within_a_second(command: str, folder: Path) -> None:
     status, seconds = run_fresh(f"{command} --help")
     assert status == 0

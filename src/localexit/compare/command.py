@@ -54,7 +54,10 @@ class Comparison:
             missing, cells, num_processes=self.num_processes, max_seconds=60 * self.max_minutes, say=say
         )
         if not cells.cells:
-            raise ValueError(f"cells: expected some in {self.output}, got none; give it more --max-minutes")
+            raise ValueError(
+                f"cells: expected some in {self.output}, got none; train some, with more --max-minutes if there were "
+                f"any, or take some in with --merge"
+            )
         for group in groups(cells.cells):
             console.print(group_table(group))
         warning = text_warning(cells.cells)
