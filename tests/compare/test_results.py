@@ -63,6 +63,11 @@ def test_the_table_shows_what_is_resolved() -> None:
     assert "+1 diverged" in lines["hybrid"]
 
 
+def test_columns_without_a_number_are_left_out() -> None:
+    headings = [str(column.header) for column in group_table(groups([cell("dense@lr=0.1", 0, 3.0)])[0]).columns]
+    assert headings == ["method", "first exit", "last exit", "seeds", "ms/step"]
+
+
 def test_best_settings_of_a_sweep() -> None:
     cells = [
         cell("dense@lr=0.1", 0, 3.0),

@@ -25,10 +25,13 @@ def group_table(group: Group) -> Table:
         padding=(0, 0, 0, 1),
     )
     table.add_column("method", overflow="fold", min_width=14)
-    for heading in _HEADINGS:
+    columns = dict(zip(_HEADINGS, zip(*map(_numbers, group.rows), strict=True), strict=True))
+    # The cells of a sweep have nothing to be compared with.
+    shown = {heading: numbers for heading, numbers in columns.items() if any(numbers)}
+    for heading in shown:
         table.add_column(heading, justify="right")
-    for row in group.rows:
-        table.add_row(Text(row.method), *_numbers(row))
+    for row, *numbers in zip(group.rows, *shown.values(), strict=True):
+        table.add_row(Text(row.method), *numbers)
     return table
 
 
