@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ci test-all lint format bench tables families coverage clean
+.PHONY: help demo test test-ci test-all long-run lint format bench tables families coverage clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -29,8 +29,11 @@ test-ci: $(STAMP)  ## the slow tests, and the kernels under Triton's interpreter
 	$(PYTEST) -m slow
 	TRITON_INTERPRET=1 $(PYTEST) -m "not long" tests/kernels
 
-test-all: test test-ci  ## everything, the tests that take minutes included
+test-all: test test-ci long-run  ## everything, the tests that take minutes included
 	$(PYTEST) -m long
+
+long-run: $(STAMP)  ## 100,000 tiny steps: memory and step time; goes on where it was stopped
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m train.steps runs/long-run
 
 lint: $(STAMP)  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
