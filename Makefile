@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ci test-all long-run lint format bench tables families coverage clean
+.PHONY: help demo test test-ci test-all long-run mutants lint format bench tables families coverage clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -34,6 +34,11 @@ test-all: test test-ci long-run  ## everything, the tests that take minutes incl
 
 long-run: $(STAMP)  ## 100,000 tiny steps: memory and step time; goes on where it was stopped
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m train.steps runs/long-run
+
+mutants: $(STAMP)  ## random mistakes in three rooms: how many their tests notice; goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py feedback 200 runs/mutants/feedback.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py exits 200 runs/mutants/exits.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py local 200 runs/mutants/local.jsonl
 
 lint: $(STAMP)  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
