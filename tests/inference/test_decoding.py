@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from local.decoders import CONTEXT, VOCAB, WIDTH, PlainDecoder, build
 from local.rules import attached
 from localexit import LocalModel
+from localexit.inference.cache import TextCache
 from localexit.inference.decoder import Decoder, check_catching_up
 from localexit.inference.sampling import Sampling
 from localexit.inference.strategies import ConfidentExit, FixedExit, SelfSpeculative, Strategy, Token
@@ -258,6 +259,18 @@ def test_what_was_taken_back_leaves_nothing_behind() -> None:
     torch.testing.assert_close(
         decoder.logits(3, 6), local.exit_logits(3, torch.tensor([[*PROMPT, 1, 6]]))[0], rtol=1e-10, atol=1e-10
     )
+
+
+def test_exits_count_from_the_last() -> None:
+    local = local_model("llama")
+    assert torch.equal(Decoder(local, PROMPT).logits(-1), Decoder(local, PROMPT).logits(3))
+
+
+def test_a_cache_tells_its_length_to_every_version_of_transformers() -> None:
+    cache = TextCache()
+    cache.length = 5
+    assert (cache.get_seq_length(), cache.get_query_offset(3)) == (5, 5)
+    assert cache.get_mask_sizes(2, 3) == cache.get_mask_sizes(torch.tensor([5, 6]), 3) == (7, 0)
 
 
 def test_logits_are_asked_for_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from transformers import DynamicCache
 
 
@@ -28,9 +29,11 @@ class TextCache(DynamicCache):
         """Position of the running forward's first token."""
         return self.length
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
         """How many keys the queries see, and the position of the first one."""
-        return self.length + query_length, 0
+        # The first versions of transformers 5 give the positions of the queries in place of their number.
+        num_queries = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.length + num_queries, 0
 
     def truncate(self, length: int) -> None:
         """Forget what comes after the first `length` tokens."""

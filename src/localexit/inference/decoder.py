@@ -81,9 +81,14 @@ class Decoder:
     def logits(self, exit_index: int, num_last: int = 1) -> Tensor:
         """Logits [num_last, V] that an exit gives for what follows the last tokens, among those it had not read yet.
 
+        Args:
+            exit_index: which exit; negative ones count from the last.
+            num_last: how many tokens.
+
         Raises:
-            ValueError: fewer than `num_last` tokens are new to the exit.
+            ValueError: there is no such exit, or fewer than `num_last` tokens are new to it.
         """
+        exit_index = self.local.exit_position(exit_index)
         hidden = self._read(exit_index)
         num_new = 0 if hidden is None else hidden.shape[1]
         if hidden is None or num_new < num_last:
