@@ -39,7 +39,7 @@ class BenchConfig:
         shared_exits: measure this many exits that share one unembedding instead.
         numerics: tell errors against fp64 instead, in every dtype and where heads are known to go wrong.
         output: JSON file of results; what it holds already is not measured again.
-        plots: folder for pictures, and for a table of where ours lose; that of `output` by default.
+        plots: folder for pictures; that of `output` by default.
         show: only show such a file.
         commit: of the sources, where git cannot be asked.
     """

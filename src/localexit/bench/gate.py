@@ -18,6 +18,7 @@ from .plans import RulePlan
 from .platforms import Platform
 from .prepare import Prepared
 from .shapes import Shape
+from .timing import Say
 
 # The oracle's whole [N, V] error fits at this size, and every part of a rule does something.
 _SMALL = Shape(num_tokens=48, hidden_size=64, vocab_size=1000)
@@ -59,7 +60,7 @@ def check_rules(plans: Sequence[RulePlan], hidden_size: int, device: torch.devic
         _gate(plan, "feedback", relative_error(inputs.hidden.grad.cpu(), expected.feedback), tolerance)
 
 
-def errors_of(prepared: Prepared, platform: Platform) -> dict[str, float]:
+def errors_of(prepared: Prepared, platform: Platform, *, say: Say) -> dict[str, float]:
     """Relative error of every contender at the measured size: the largest of loss, dW and, where promised, dh.
 
     Contenders of others that do not run are moved to `prepared.not_available`; ours have to.
@@ -81,6 +82,8 @@ def errors_of(prepared: Prepared, platform: Platform) -> dict[str, float]:
             if not contender.is_filtered:
                 _gate(name, "loss or gradient", errors[name], budget)
             continue
+        # Others tune and compile for a while before their first result.
+        say(f"{name}: first call")
         try:
             errors[name] = _error_of(contender, inputs, expected)
         except Exception as error:

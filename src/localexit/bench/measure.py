@@ -28,7 +28,7 @@ def measure(case: Case, platform: Platform, *, rounds: int, say: Say) -> dict[st
         say(f"{case.shape}: gate")
         check_rules(case.plans, case.shape.hidden_size, platform.device)
         prepared = prepare(case, dtype=platform.dtype, device=platform.device)
-        errors = errors_of(prepared, platform)
+        errors = errors_of(prepared, platform, say=lambda line: say(f"{case.shape}: {line}"))
         say(f"{case.shape}: peak memory of {len(prepared.contenders)} contenders")
         peaks = _peaks(case, prepared, platform)
         say(f"{case.shape}: times of {len(prepared.contenders)} contenders")
