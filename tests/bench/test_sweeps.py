@@ -58,8 +58,8 @@ def test_an_option_of_the_rules_varies(letter: Letter, option: str, rule: str) -
 
 
 def test_a_rule_without_the_option_is_refused() -> None:
-    with pytest.raises(ValueError, match="'anchors' has no option 'rank'"):
-        run(config(sweep="R", values=(4,), rules=("anchors",)))
+    with pytest.raises(ValueError, match="'mirror' has no option 'rank'"):
+        run(config(sweep="R", values=(4,), rules=("mirror",)))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -88,6 +88,12 @@ def test_aims_on_a_gpu_are_judged(writer: ModuleType, gpu: dict[str, Any]) -> No
     assert [told[aim] for aim in told if aim.startswith(("… faster than", "… than"))] == ["no"] * 3
 
 
+def test_exits_that_share_are_judged_by_the_worst_rule(writer: ModuleType, gpu: dict[str, Any]) -> None:
+    results = [{"name": "anchors", "exit_to_alone": 0.9}, {"name": "dense", "exit_to_alone": 1.01}]
+    told = reached(writer.gpu_aims({**gpu, "shapes": {}, "shared_exits": {"12": {"results": results}}}))
+    assert told == {"12 exits: each against one alone (`dense`)": "no"}
+
+
 def test_a_head_that_was_not_available_is_not_beaten(writer: ModuleType, gpu: dict[str, Any]) -> None:
     measured = gpu["shapes"]["llama"]
     measured["results"] = [r for r in measured["results"] if r["kind"] != "exact"]
