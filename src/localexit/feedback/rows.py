@@ -43,6 +43,16 @@ class _Rows(Sampling):
         return self._times(error, tokens, *prepared)
 
 
+def unrounded_product(hidden: Tensor, rows: Tensor) -> Tensor:
+    """`hidden @ rows` for hidden [P, D] in fp32 and rows [D, V] in bf16, as two products in bf16 summed in fp32.
+
+    A residual is a small difference of large numbers: what rounding takes from the hidden states must not be missing.
+    """
+    rounded = hidden.to(rows.dtype)
+    left_over = (hidden - rounded).to(rows.dtype)
+    return product(rounded, rows, hidden.dtype) + product(left_over, rows, hidden.dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
     """Forward pairs of one exit and optimiser step, what a mirror learns from.
@@ -188,7 +198,7 @@ class WeightMirror(_Rows):
         from localexit.kernels.mirror import correct
 
         dtype = self.rows.dtype
-        residual = logits - product(hidden.to(dtype), self.rows.T, logits.dtype)
+        residual = logits - unrounded_product(hidden, self.rows.T)
         correct(self.rows, residual.to(dtype), back.to(dtype), seed=rounding_seed(self.seed, self._num_steps))
 
     def _correct_by_parts(self, hidden: Tensor, logits: Tensor, back: Tensor) -> None:
