@@ -14,8 +14,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from localexit._rules import feedback_names
 from localexit.compare.cells import Cell, read_cells
-from localexit.compare.methods import EXACT, Method
+from localexit.compare.methods import BACKPROP, EXACT, Method
 from localexit.compare.results import Group, Row, best_settings, groups, ladder
 from localexit.compare.statistics import Estimate
 from localexit.compare.table import seeds
@@ -174,21 +175,28 @@ def with_columns(text: str, columns: dict[str, dict[str, str]]) -> str:
 
 
 def rule_columns(*, with_options: bool) -> dict[str, dict[str, str]]:
-    """Columns A and B by rule: of each rule the first method with its name."""
+    """Columns A and B by rule, for settings that have cells: of each rule its best method without own settings."""
+    missing = "not measured" if with_options else ""
     columns: dict[str, dict[str, str]] = {}
     for letter, place in COLUMNS.items():
         group = group_of(*place)
-        for row in reversed(group.rows if group else ()):
+        if group is None:
+            continue
+        values = dict.fromkeys((*feedback_names(), BACKPROP), missing)
+        # The best comes last, and stays.
+        for row in reversed(group.rows):
             method = Method.parse(row.method)
-            if row.losses and not method.settings:
-                difference = "0" if method.name == EXACT else f"{row.to_exact.mean:+.3f}" if row.to_exact else ""
+            is_told = row.method == EXACT or row.to_exact is not None
+            if is_told and not method.settings and method.name in values:
                 options = ", ".join(f"{key}={value}" for key, value in method.options)
-                shown = f" ({options})" if options and with_options else ""
-                values = columns.setdefault(f"{letter}: difference" if with_options else letter, {})
-                values[method.name] = f"{difference}{shown}"
-                if with_options and letter == "B":
-                    columns.setdefault("B: loss", {})[method.name] = f"{row.losses[-1]:.3f}{shown}"
+                values[method.name] = told_shortly(row) + (f" ({options})" if options and with_options else "")
+        columns[f"{letter}: difference" if with_options else letter] = values
     return columns
+
+
+def told_shortly(row: Row) -> str:
+    """The difference to exact local exits as one number."""
+    return "0" if row.to_exact is None else f"{row.to_exact.mean:+.3f}"
 
 
 def pages() -> dict[Path, str]:

@@ -68,13 +68,18 @@ def test_verdicts(script: ModuleType) -> None:
 
 
 def test_columns_are_replaced_and_the_rest_stays(script: ModuleType, results: Path) -> None:
-    of_rules = "| rule | A | B |\n|---|---|---|\n| `mirror` | +9 | +8 |\n| `hybrid` | | +7 |\n"
+    of_rules = "| rule | A | B |\n|---|---|---|\n| `mirror` | +9 | +8 |\n| `hybrid` | +6 | +7 |\n"
     page = f"{of_rules}\n| name | A |\n|---|---|\n| mirror | 1 |\n"
     columns = script.rule_columns(with_options=False)
-    assert columns == {"A": {"transport": "0", "mirror": "+0.083", "dense": "+0.500"}}
-    assert script.with_columns(page, columns) == page.replace("+9", "+0.083")
+    assert list(columns) == ["A"]
+    measured = {rule: value for rule, value in columns["A"].items() if value}
+    assert measured == {"transport": "0", "mirror": "+0.083", "dense": "+0.500"}
+    assert script.with_columns(page, columns) == page.replace("+9", "+0.083").replace(
+        "| `hybrid` | +6 |", "| `hybrid` | |"
+    )
     shown = script.rule_columns(with_options=True)["A: difference"]
     assert shown["mirror"] == "+0.083 (num_pairs=8)"
+    assert shown["hybrid"] == "not measured"
 
 
 def test_blocks_are_written_anew_each_time(script: ModuleType, results: Path) -> None:
