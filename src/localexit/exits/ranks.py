@@ -121,6 +121,8 @@ class VocabParallel:
             feedback: made for all V rows, with the same seed on every rank; it stays as it is.
         """
         part = copy.deepcopy(feedback)
+        # Pairs that a mirror has collected are of all rows.
+        part.discard()
         part.vocab_size = self.rows.stop - self.rows.start
         for name, buffer in feedback.named_buffers():
             if buffer.dim() and buffer.shape[0] == self.vocab_size and name not in _OF_HIDDEN:

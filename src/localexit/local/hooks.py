@@ -115,7 +115,9 @@ class BlockHooks:
         Raises:
             ValueError: one of them has not run yet.
         """
+        self._num_skipped = num_blocks
         with ExitStack() as stack:
+            stack.callback(setattr, self, "_num_skipped", 0)
             for index, (name, block) in enumerate(self._blocks[:num_blocks]):
                 if index not in self._num_returned:
                     raise ValueError(f"{name} has not run yet; run the model from its first block once")
