@@ -590,22 +590,41 @@ def shown(content: dict[str, Any]) -> str:
 
 def plot(content: dict[str, Any], path: Path) -> None:
     """Peak of the activations over depth."""
-    from matplotlib.figure import Figure
+    from localexit.report.drawing import WIDE, Curve, draw, label_ends, rendered, scale_log
+    from localexit.report.theme import canvas, drawable, figure_style, run_style
 
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for kind, cell in content["memory"].items():
-        depths = list(map(int, cell["peak_bytes"]))
-        axes.plot(depths, [peak / 2**20 for peak in cell["peak_bytes"].values()], marker="o", label=kind)
+    curves = [
+        Curve(
+            x=np.array(list(map(int, cell["peak_bytes"]))),
+            y=np.array(list(cell["peak_bytes"].values())) / 2**20,
+            color=run_style(index)[0],
+            label=kind,
+        )
+        for index, (kind, cell) in enumerate(content["memory"].items())
+    ]
     shape = content["memory"][MEMORY_KINDS[0]]["shape"]
-    axes.set(
-        xlabel="blocks",
-        ylabel="peak of the activations, MiB",
-        yscale="log",
-        title=f"D={shape['hidden_size']}, {shape['batch_size']}×{shape['context']} tokens, {content['device']}",
-    )
-    axes.legend()
-    figure.savefig(path)
+    sizes = f"D={shape['hidden_size']} {shape['batch_size']}×{shape['context']} tokens"
+    with figure_style():
+        figure, axes = canvas(*WIDE, right=1.9)
+        draw(axes, curves)
+        axes.set_xlabel("blocks")
+        scale_log(axes, curves)
+        label_ends(axes, curves)
+        chart = rendered(
+            figure,
+            curves,
+            name="depth",
+            title=f"Peak of the activations in MiB over depth; {sizes}; {drawable(content['device'], 40)}",
+            caption="",
+            alt=f"Line chart of the activations' peak over the number of blocks, {len(curves)} ways to train.",
+        )
+    path.write_bytes(with_title(chart.svg, chart.alt))
+
+
+def with_title(svg: bytes, title: str) -> bytes:
+    """The picture with its description as a title, for whoever cannot see it."""
+    start = svg.index(b">", svg.index(b"<svg")) + 1
+    return svg[:start] + f"\n<title>{title}</title>".encode() + svg[start:]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

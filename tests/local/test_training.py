@@ -225,6 +225,18 @@ def test_a_mirror_learns_from_micro_batches_as_from_the_whole_batch(mode: str) -
     torch.testing.assert_close(mirrors[1], mirrors[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_as_a_whole_after_attaching_it_still_trains_unit_by_unit() -> None:
+    ids, labels = batch()
+    expected, model = build("plain", 2), build("plain", 2)
+    attached(expected, backward="stream")(ids, labels)
+    attached(model, backward="stream")
+    model.compile(backend="eager")
+    model(ids, labels=labels)
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, gradients(expected)[name])
+
+
 def test_micro_batches_draw_independently_until_the_update() -> None:
     ids, labels = batch()
     model = build("plain")
