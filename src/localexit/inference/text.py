@@ -62,7 +62,7 @@ def generate_ids(decoder: Decoder, *, strategy: Strategy, sampling: Sampling) ->
     while num_left > 0:
         if decoder.room < 0:
             decoder.restart(decoder.ids[-(decoder.limit // 2) :])
-        tokens = strategy.write(decoder, lambda logits: choose(logits.float().cpu(), sampling, generator))
+        tokens = strategy.write(decoder, lambda logits: choose(logits, sampling, generator))
         yield from tokens[:num_left]
         num_left -= len(tokens)
 
@@ -102,6 +102,8 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     """One token id from logits [V]."""
     if sampling.temperature == 0:
         return int(logits.argmax())
+    # The generator is the CPU's: what it draws does not depend on the device.
+    logits = logits.float().cpu()
     if sampling.top_k is not None and sampling.top_k < logits.shape[0]:
         smallest = logits.topk(sampling.top_k).values[-1]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
