@@ -19,6 +19,7 @@ Cells that are in FILE already, measured on the same device and commit, are kept
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -388,6 +389,8 @@ def _with_depth(shape: Shape, depth: int) -> Shape:
 
 
 def _free(machine: Machine) -> None:
+    # Models and their hooks refer to each other.
+    gc.collect()
     if machine.device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -644,6 +647,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = options.size or ("gpu" if has_gpu else "cpu")
     described = environment(machine.device, threads=torch.get_num_threads(), commit=options.commit)
     content = kept(options.output, {**described, "benchmark": "depth", "size": size})
+    # A block is compiled for each shape, for inputs with and without a graph, and for the traced forward of attach().
+    torch._dynamo.config.recompile_limit = 64
     gate(machine)
     for part, name, measure in cells(machine, SIZES[size], options.parts, options.rule):
         if name in content.get(part, {}):
