@@ -288,3 +288,29 @@ def test_a_mirror_in_bf16_learns_the_same_by_parts_and_by_the_kernel(monkeypatch
     assert relative(by_parts, case["weight"].double()) < 0.1
     # Rounded at random, each in its own way, three times.
     assert relative(by_kernel, by_parts) < 3 * torch.finfo(torch.bfloat16).eps
+
+
+def test_memory_of_a_stream_does_not_grow_with_depth_under_autocast() -> None:
+    """Neither activations, nor the copies of weights that autocast keeps while its region lasts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width, peaks = 512, []
+    for num_blocks in (2, 12):
+        config = LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=num_blocks,
+            num_attention_heads=8,
+            use_cache=False,
+        )
+        local = attach(LlamaForCausalLM(config).cuda(), feedback="dense", backward="stream")
+        ids = torch.randint(VOCAB, (2, 64), device="cuda")
+        for _ in range(2):
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                local(ids, ids)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    # A block's weights in bf16 are 16 D² numbers.
+    assert peaks[1] - peaks[0] < 10 * 0.1 * 16 * width**2 * 2

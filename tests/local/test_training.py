@@ -8,6 +8,7 @@ import io
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import localexit
 from local.decoders import VOCAB, WIDTH, PlainDecoder, batch, build, gradients
@@ -208,6 +209,18 @@ def test_compiled_blocks_give_the_same_gradients(mode: str) -> None:
             out.loss.backward()
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, gradients(expected)[name])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_attaching_compiles_nothing() -> None:
+    """Blocks compiled for the hooks of a trace would use up the versions that the compiler allows."""
+    model, counter = build("plain", 2), CompileCounter()
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend=counter)
+    attached(model)
+    assert counter.frame_count == 0
+    model(batch()[0])
+    assert counter.frame_count > 0
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -275,6 +275,8 @@ class StreamStep(TrainingStep):
         self.is_in_backward = True
         run_backward(grads)
         self.is_in_backward = False
+        # Autocast keeps a copy of every weight it cast until its region ends: with depth, the copies of all units.
+        torch.clear_autocast_cache()
 
     def _average_unit(self, index: int) -> None:
         if self.average is not None:

@@ -105,7 +105,7 @@ def random_ids(model: nn.Module, *, seed: int) -> Tensor:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no autocast; training flags, buffers and random state are restored at the end."""
+    """Eval mode, no gradients, no autocast, not compiled; flags, buffers and random state are put back at the end."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     cuda = [device for device in devices if device.type == "cuda"]
     with ExitStack() as stack:
@@ -113,6 +113,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(restored_buffers(model))
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.no_grad())
+        # Compiled blocks would be compiled for hooks that are gone when they run the next time, each block anew, until
+        # there are too many versions of them and none is used any more.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         for kind in {device.type for device in devices}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
