@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # two workers, one thread each: torch would otherwise start a thread per core in every worker
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# what says that numbers are right, and that a run is made, saved and continued
+CORE_TESTS := tests/feedback tests/exits tests/local tests/train tests/test_checks.py tests/test_imports.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ci test-all long-run mutants lint format bench tables families coverage clean
+.PHONY: help demo test test-ci test-all long-run test-min test-package mutants lint format bench tables families coverage clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -34,6 +36,22 @@ test-all: test test-ci long-run  ## everything, the tests that take minutes incl
 
 long-run: $(STAMP)  ## 100,000 tiny steps: memory and step time; goes on where it was stopped
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m train.steps runs/long-run
+
+test-min:  ## the tests that need no other package, with the lowest versions that are allowed (torch 2.11)
+	$(PYTHON) -m venv .venv-min
+	.venv-min/bin/python -m pip install --quiet -c constraints-min.txt ".[train]" pytest pytest-timeout hypothesis
+	.venv-min/bin/python -m pip check
+	OMP_NUM_THREADS=1 .venv-min/bin/python -m pytest -m "not slow and not long" $(CORE_TESTS)
+
+test-package:  ## the wheel: built, installed into an empty environment without extras, imported
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/python -m pip install --quiet hatchling build
+	.venv-package/bin/python -m build --wheel --no-isolation --outdir dist .
+	rm -rf .venv-package
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/python -m pip install --quiet -c constraints.txt dist/localexit-*.whl
+	.venv-package/bin/python -m pip check
+	cd / && $(CURDIR)/.venv-package/bin/python $(CURDIR)/tests/package.py
 
 mutants: $(STAMP)  ## random mistakes in three rooms: how many their tests notice; goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py feedback 200 runs/mutants/feedback.jsonl
@@ -64,5 +82,5 @@ coverage: $(STAMP)  ## line and branch coverage of src
 	TRITON_INTERPRET=1 $(PYTEST) -m "not long" --cov --cov-append --cov-report=term-missing tests/kernels
 
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov dist build
+	rm -rf $(VENV) .venv-min .venv-package .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov dist build
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
