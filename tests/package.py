@@ -18,7 +18,7 @@ def main() -> None:
     assert ".venv-package" in localexit.__file__, "this is to be run with the installed package"
     assert importlib.metadata.version("localexit") == localexit.__version__
     assert importlib.resources.files("localexit").joinpath("py.typed").is_file()
-    assert importlib.resources.files("localexit.report").joinpath("templates").is_dir()
+    assert importlib.resources.files("localexit").joinpath("report", "templates").is_dir()
     for name in localexit.__all__:
         getattr(localexit, name)
     head = localexit.ExitHead(hidden_size=8, vocab_size=20, feedback="anchors")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,16 @@ from localexit import (
 
 N, D, V = 4, 8, 11
 NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every refusal takes less than a second of computing, and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    start = time.process_time()
+    yield
+    assert time.process_time() - start < 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:

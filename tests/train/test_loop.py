@@ -197,15 +197,18 @@ sys.exit(max(codes))
 
 
 def train_in_new_process(
-    configs: list[TrainConfig], folder: Path, cache_dir: Path, *, die_at: int, resume: bool
+    configs: list[TrainConfig], folder: Path, cache_dir: Path, *, die_at: int, resume: bool, prelude: str = ""
 ) -> int:
-    """Train in another process, where every run stops dead before the step after `die_at`; the process's exit code."""
+    """Train in another process, where every run stops dead before the step after `die_at`; the process's exit code.
+
+    `prelude` is Python to run first.
+    """
     tests = Path(__file__).parents[1]
     path = os.pathsep.join([str(tests), str(tests.parent / "src"), os.environ.get("PYTHONPATH", "")])
     mode = "resume" if resume else "start"
     arguments = [json.dumps([config.to_json() for config in configs]), str(die_at), str(folder), str(cache_dir), mode]
     ended = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments],
+        [sys.executable, "-c", prelude + KILLED, *arguments],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
