@@ -68,7 +68,7 @@ def all_exits() -> dict[tuple[str, bool], dict[str, Tensor]]:
     }
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_compute_what_one_process_does(num_ranks: int) -> None:
     alone = all_exits()
     ranks = run_ranks(all_exits, num_ranks)

@@ -80,7 +80,7 @@ def all_exits(is_sharded: bool) -> dict[tuple[str, str, bool], dict[str, Tensor]
     }
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_rule(num_ranks: int) -> None:
     whole, ranks = all_exits(False), run_ranks(all_exits, num_ranks, True)
     for key, expected in whole.items():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from helpers.ranks import rank_replies
 from localexit.train import loop
 from localexit.train.config import FeedbackSpec, TrainConfig
+from localexit.train.launch import world_rank
 from localexit.train.loop import Outcome
 from localexit.train.trainer import Trainer
 from train.small_runs import small_config, train_quietly
@@ -67,6 +68,18 @@ def alone(text: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_two_processes_train_like_one(text: Path, cache_dir: Path, alone: Path, tmp_path: Path) -> None:
     outcomes = train_on(2, config_of(text), tmp_path / "run", cache_dir)
     assert [(outcome.status, outcome.is_main) for outcome in outcomes] == [("finished", True), ("finished", False)]
+    assert_same_run(tmp_path / "run", alone)
+
+
+def train_with_a_late_process(config: TrainConfig, run: Path, cache_dir: Path) -> Outcome:
+    """The second process found the folder that the main one had just made, and thinks that it is to resume."""
+    return train_one(config, run, cache_dir, resume=world_rank() == 1)
+
+
+@pytest.mark.slow
+def test_the_main_process_decides_whether_to_resume(text: Path, cache_dir: Path, alone: Path, tmp_path: Path) -> None:
+    replies = rank_replies(train_with_a_late_process, 2, config_of(text), tmp_path / "run", cache_dir)
+    assert [error for error, _ in replies if error] == []
     assert_same_run(tmp_path / "run", alone)
 
 

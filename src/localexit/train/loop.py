@@ -111,6 +111,8 @@ def train(
         torch.set_num_threads(config.threads)
     with joined(resolve_device(config.device), needs_group=config.shard) as ranks:
         console = (console or Console()) if ranks.is_main else Console(quiet=True)
+        # After a restart a slow process may find the folder that the main one has just made.
+        resume = bool(ranks.largest(int(resume and ranks.is_main)))
         console.print(f"reading {config.data} …", markup=False, highlight=False)
         with ranks.main_first():
             data = load_data(config, cache_dir=cache_dir)
