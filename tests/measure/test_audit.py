@@ -10,8 +10,8 @@ import torch
 
 from helpers.cases import RULES
 from local.decoders import DECODERS, VOCAB, WIDTH, batch, build
-from localexit import attach, make_feedback
-from localexit.measure import audit_attached, audit_model
+from localexit import ExitSchedule, StepInBackward, attach, make_feedback
+from localexit.measure import audit_attached, audit_locality, audit_model
 from localexit.measure.checks import Check, table
 
 
@@ -88,3 +88,20 @@ def test_columns_are_aligned() -> None:
         "ok      a            1         one",
         "FAILED  a long name  1000      a thousand",
     ]
+
+
+def test_exits_that_sit_out_and_steps_in_the_backward_do_not_disturb_an_audit() -> None:
+    local = attach(
+        build("plain"),
+        feedback="dense",
+        backward="stream",
+        schedule=ExitSchedule(exits_per_step=1, token_share=0.5),
+        exit_body="mlp",
+    )
+    stepper = StepInBackward(local, torch.optim.SGD(local.parameters(), lr=0.1))
+    state = copy.deepcopy(local.state_dict())
+    assert audit_attached(local).passed
+    assert audit_locality(local, *batch()).passed
+    assert all(torch.equal(tensor, state[name]) for name, tensor in local.state_dict().items())
+    assert local.schedule == ExitSchedule(exits_per_step=1, token_share=0.5)
+    assert local.in_backward is stepper

@@ -92,7 +92,10 @@ def audit_attached(
         labels: int64 [B, T]; the input by default.
         seed: of random token ids, dropout, and the changes an audit makes.
     """
-    return _audit(copy.deepcopy(local), input_ids, labels, seed=seed)
+    copied = copy.deepcopy(local)
+    # Whoever steps units in the backward steps them between audits, not in one.
+    copied.in_backward = None
+    return _audit(copied, input_ids, labels, seed=seed)
 
 
 def _audit(local: LocalModel, input_ids: Tensor | None, labels: Tensor | None, *, seed: int) -> AuditReport:

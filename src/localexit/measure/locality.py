@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -150,13 +150,16 @@ def _can_learn(unit: Unit) -> bool:
 
 @contextmanager
 def _restored(local: LocalModel) -> Iterator[None]:
-    """Training mode inside; gradients and modes as they were afterwards."""
+    """Training mode inside, no exit sits out, no unit is stepped; afterwards everything is as it was."""
+    schedule, in_backward = local.schedule, local.in_backward
+    local.schedule, local.in_backward = replace(schedule, exits_per_step=None), None
     modes = {module: module.training for module in local.modules()}
     grads = {parameter: parameter.grad for parameter in local.parameters()}
     local.train()
     try:
         yield
     finally:
+        local.schedule, local.in_backward = schedule, in_backward
         for parameter, grad in grads.items():
             parameter.grad = grad
         for module, is_training in modes.items():
