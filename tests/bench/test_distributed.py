@@ -42,7 +42,7 @@ def numbers(content: Any) -> list[float]:
 
 @pytest.mark.slow
 def test_every_part_is_recorded(tmp_path: Path) -> None:
-    replies = rank_replies(run, 2, tmp_path / "out.json", timeout=120)
+    replies = rank_replies(run, 2, tmp_path / "out.json", timeout=240)
     assert [error for error, _ in replies if error] == []
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["ranks"] == 2

@@ -20,7 +20,7 @@ import torch.distributed as dist
 _FORK = multiprocessing.get_context("fork")
 
 
-def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout: float = 120) -> list[Any]:
     """What `function(*arguments)` returns on each rank; an error on one of them is raised here."""
     replies = rank_replies(_in_group, num_ranks, function, *arguments, timeout=timeout)
     errors = [error for error, _ in replies if error]
@@ -30,7 +30,7 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, tim
 
 
 def rank_replies(
-    function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout: float = 60
+    function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout: float = 120
 ) -> list[tuple[str | None, Any]]:
     """The error of each rank, if any, and what `function(*arguments)` returns on it.
 

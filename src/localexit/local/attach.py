@@ -158,6 +158,14 @@ def _check_model(model: nn.Module) -> None:
             "model is sharded as a whole, and its unembedding has to be whole at every exit; call fully_shard() on "
             "its blocks one by one and not on the model, before attach(..., data_parallel=)"
         )
+    in_blocks = {id(parameter) for module in sharded_modules(model) for parameter in module.parameters()}
+    spread = [name for name, p in model.named_parameters() if is_sharded(p) and id(p) not in in_blocks]
+    if spread:
+        raise ValueError(
+            f"{spread[0]} is a DTensor, but attach() takes parameters that are whole on every rank, or in blocks that "
+            f"fully_shard() was called on; replace it with its full_tensor(). For an unembedding that is spread by "
+            f"rows, call exit_step() or exit_cross_entropy() with it"
+        )
     forward = getattr(model.__dict__.get("forward"), "func", None)
     if isinstance(getattr(forward, "__self__", None), LocalModel):
         raise ValueError("model is attached already; call remove() on that LocalModel first")
