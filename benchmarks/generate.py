@@ -143,12 +143,12 @@ def read_prompts(local: LocalModel, tokenizer: Any, text: Path | None, *, num: i
 
 def table(rows: Sequence[dict[str, Any]], num_blocks: int) -> str:
     """The rows for people."""
-    lines = [f"{'':24} {'tokens/s':>9} {'range':>15} {'speed-up':>8} {'blocks a token':>15}  tokens by exit"]
+    lines = [f"{'':28} {'tokens/s':>9} {'range':>15} {'speed-up':>8} {'blocks a token':>15}  tokens by exit"]
     for row in rows:
         low, high = row["range"]
         shares = " ".join(f"{share:.0%}" for share in row["by_exit"])
         lines.append(
-            f"{row['name']:24} {row['tokens_per_second']:9.1f} {f'{low:.0f}-{high:.0f}':>15} {row['speedup']:7.2f}x "
+            f"{row['name']:28} {row['tokens_per_second']:9.1f} {f'{low:.0f}-{high:.0f}':>15} {row['speedup']:7.2f}x "
             f"{row['blocks_a_token']:8.2f} of {num_blocks:3d}  {shares}"
         )
     return "\n".join(lines)
