@@ -16,13 +16,16 @@ from pathlib import Path
 
 from localexit._rules import feedback_names
 from localexit.compare.cells import Cell, read_cells
+from localexit.compare.charts import group_charts
 from localexit.compare.methods import BACKPROP, EXACT, Method
 from localexit.compare.results import Group, Row, best_settings, groups, ladder
 from localexit.compare.statistics import Estimate
 from localexit.compare.table import seeds
+from localexit.report.drawing import Chart
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
 TUNED = ROOT / "src" / "localexit" / "compare" / "tuned.json"
 # Setting, model and steps behind the columns A and B of the README and of docs/rules.md.
 COLUMNS = {"A": ("b0", "mini", 400), "B": ("b1", "small", 400)}
@@ -75,6 +78,18 @@ def _diagnoses(row: Row) -> list[tuple[str, ...]]:
         cosine = "" if one["rows_cosine"] is None else f"{one['rows_cosine']:.3f}"
         lines.append((f"`{row.method}`", str(one["step"]), *(f"{worst[name]:.3f}" for name in names), cosine))
     return lines
+
+
+def pictures(setting: str, model: str, steps: str) -> str:
+    """The setting's charts as images; `main` writes the files."""
+    charts = charts_of(setting, model, int(steps))
+    return "\n\n".join(f"![{chart.alt}](images/{path.name})" for path, chart in charts.items()) or NOT_MEASURED
+
+
+def charts_of(setting: str, model: str, steps: int) -> dict[Path, Chart]:
+    group = group_of(setting, model, steps)
+    charts = group_charts(group) if group else ()
+    return {IMAGES / f"{setting}-{chart.name}.svg": chart for chart in charts}
 
 
 def targets_table() -> str:
@@ -139,6 +154,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 BLOCKS = {
     "results": results_table,
     "diagnosis": diagnosis_table,
+    "pictures": pictures,
     "targets": targets_table,
     "ladder": ladder_table,
     "provenance": provenance,
@@ -226,6 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
+        for place in re.findall(r"<!-- cells: pictures (\w+) (\S+) (\d+) -->", text):
+            for image, chart in charts_of(place[0], place[1], int(place[2])).items():
+                image.write_bytes(chart.svg)
 
 
 if __name__ == "__main__":

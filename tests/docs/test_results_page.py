@@ -61,6 +61,20 @@ def test_diagnosis_is_of_the_worst_exit(script: ModuleType, results: Path) -> No
     assert line == "| `dense` | 40 | 0.500 | 0.250 | 0.250 | 0.250 | 0.250 | 0.500 |"
 
 
+def test_pictures_are_written_and_shown(
+    script: ModuleType, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "IMAGES", tmp_path / "images")
+    (tmp_path / "images").mkdir()
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(script, "pages", lambda: {page: "<!-- cells: pictures b0 mini 40 -->\n<!-- end -->\n"})
+    script.main([])
+    written = {path.name for path in (tmp_path / "images").iterdir()}
+    assert {"b0-differences-mini-40.svg", "b0-cosines-mini-40.svg"} <= written
+    shown = script.pictures("b0", "mini", "40")
+    assert all(f"](images/{name})" in shown for name in written)
+
+
 def test_verdicts(script: ModuleType) -> None:
     estimate = mean_estimate([0.1, 0.11, 0.12])
     assert [script.verdict(estimate, limit) for limit in (0.05, 0.11, 0.2)] == ["missed", "unresolved", "reached"]
