@@ -186,7 +186,7 @@ def with_columns(text: str, columns: dict[str, dict[str, str]]) -> str:
         if titles[0] != "rule" or not any(rule in values for values in columns.values()):
             continue
         new = [columns.get(title, {}).get(rule, cell) for title, cell in zip(titles, cells, strict=True)]
-        lines[number] = f"| {' | '.join(new)} |\n".replace("|  |", "| |")
+        lines[number] = re.sub(r"\|  (?=\|)", "| ", f"| {' | '.join(new)} |\n")
     return "".join(lines)
 
 
