@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path.write_text(text, encoding="utf-8")
         for place in re.findall(r"<!-- cells: pictures (\w+) (\S+) (\d+) -->", text):
             for image, chart in charts_of(place[0], place[1], int(place[2])).items():
-                image.write_bytes(chart.svg)
+                image.write_bytes(chart.standalone_svg())
 
 
 if __name__ == "__main__":

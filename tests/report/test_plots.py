@@ -234,3 +234,10 @@ def test_pyplot_is_never_imported():
     sources = [path.read_text(encoding="utf-8") for path in Path(plots.__file__).parent.glob("*.py")]
     assert len(sources) > 5
     assert not [source for source in sources if re.search(r"^\s*(from|import) .*pyplot", source, re.MULTILINE)]
+
+
+def test_a_picture_of_its_own_says_what_it_shows(tmp_path):
+    chart = learning_curves(read(tmp_path / "run"))
+    svg = chart.standalone_svg().decode()
+    assert f"<title>{chart.alt}</title>" in svg
+    assert replace(chart, alt="a < b").standalone_svg().decode() == svg.replace(chart.alt, "a &lt; b")

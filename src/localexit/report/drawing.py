@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 from typing import Literal
+from xml.sax.saxutils import escape
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -46,6 +47,11 @@ class Chart:
     svg: bytes
     is_wide: bool
     figure: Figure
+
+    def standalone_svg(self) -> bytes:
+        """The picture with its description as a title, for a page that shows it as a file of its own."""
+        start = self.svg.index(b">", self.svg.index(b"<svg")) + 1
+        return self.svg[:start] + f"\n<title>{escape(self.alt)}</title>".encode() + self.svg[start:]
 
     def png(self) -> bytes:
         """Render the picture in the light scheme."""
