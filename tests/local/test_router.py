@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from helpers.ranks import run_ranks
 from local.decoders import build, gradients
 from local.families import differing, tiny_model, token_ids
+from localexit import DataParallel
 from localexit.local import attach
 from localexit.local.router import load_balancing_loss
 
@@ -165,3 +167,16 @@ def test_a_factor_without_a_name_is_refused() -> None:
     model.__class__ = Doubled
     with pytest.raises(ValueError, match=r"contains 1\.75 times its auxiliary loss, and none of router_aux_loss_coef"):
         attach(model, feedback="transport")
+
+
+def router_losses_on_a_rank() -> Tensor:
+    local = attach(mixture("mixtral"), feedback="transport", backward="stream", data_parallel=DataParallel())
+    return local(token_ids(), token_ids()).router_losses
+
+
+@pytest.mark.slow
+def test_the_mean_over_ranks_is_the_loss_of_a_rank() -> None:
+    """Both ranks have the same tokens, so half of the labels each: what either would compute alone."""
+    alone = attach(mixture("mixtral"), feedback="transport", backward="stream")(token_ids(), token_ids())
+    for losses in run_ranks(router_losses_on_a_rank, 2):
+        torch.testing.assert_close(losses, alone.router_losses)
