@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from docs.pages import ROOT
+from helpers.ranks import rank_replies
 from localexit import feedback_names
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
@@ -41,6 +44,10 @@ def reward_weighted(workplace: Path) -> list[str]:
     return [str(workplace / "runs/mine"), "--steps", "2", "--word", "e"]
 
 
+def several_processes(workplace: Path) -> list[str]:
+    return [str(workplace / "path/to/text/0.txt"), "--steps", "3"]
+
+
 def with_accelerate(workplace: Path) -> list[str]:
     return [str(workplace / "path/to/model"), str(workplace / "path/to/text/0.txt"), "--steps", "3"]
 
@@ -51,13 +58,22 @@ def with_lightning(workplace: Path) -> list[str]:
 
 ARGUMENTS: dict[str, Callable[[Path], list[str]]] = {
     function.__name__: function
-    for function in (compare_rules, early_exit, plain_module, reward_weighted, with_accelerate, with_lightning)
+    for function in (
+        compare_rules,
+        early_exit,
+        plain_module,
+        reward_weighted,
+        several_processes,
+        with_accelerate,
+        with_lightning,
+    )
 }
 PRINTED = {
     "compare_rules": feedback_names(),
     "early_exit": ("last exit: 0 of 6 tokens", "first exit that is sure: 6 of 6 tokens", "draft and verify: "),
     "plain_module": ("exit 2: validation",),
     "reward_weighted": ("step 2: mean reward",),
+    "several_processes": ("nats/byte by exit after 3 steps",),
     "with_accelerate": ("step 3: nats/token by exit", "path/to/model-tuned"),
     "with_lightning": ("validation nats/byte by exit after 3 steps",),
 }
@@ -69,6 +85,21 @@ def test_example(name: str, workplace: Path, capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     for text in PRINTED[name]:
         assert text in printed
+
+
+def printed_by_rank(arguments: list[str]) -> str:
+    """What the example prints in this process."""
+    with redirect_stdout(io.StringIO()) as printed:
+        load("several_processes").main(arguments)
+    return printed.getvalue()
+
+
+@pytest.mark.slow
+def test_several_processes_print_what_one_does(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = several_processes(workplace)
+    replies = rank_replies(printed_by_rank, 2, arguments)
+    assert [error for error, _ in replies if error] == []
+    assert [printed for _, printed in replies] == [printed_by_rank(arguments), ""]
 
 
 def test_text_that_is_too_short_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
