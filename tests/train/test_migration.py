@@ -37,11 +37,13 @@ def test_an_old_run_goes_on(old: Path, cache_dir: Path, tmp_path: Path, monkeypa
     after = records(run)
     resumed = [line for line in after if line["kind"] == "event" and line["event"] == "resumed"]
     assert "continued from checkpoint step-3" in resumed[0]["detail"]
-    # Another processor may add up in another order; a state that was not restored is off by far more.
     for old_line, line in zip(_trained(before), _trained(after), strict=True):
-        assert line["loss"] == pytest.approx(old_line["loss"], abs=2e-5)
-        assert line["grad_norm"] == pytest.approx(old_line["grad_norm"], rel=1e-3)
+        # Rules may have got better since; what a run counts is what it was.
+        assert line["loss"] == pytest.approx(old_line["loss"], abs=0.02)
         assert (line["step"], line["tokens"], line["lr"]) == (old_line["step"], old_line["tokens"], old_line["lr"])
+    # The first loss is that of the state restored, whatever the rule: another processor adds up in another order, a
+    # parameter or a position in the text that is not restored is off by far more.
+    assert _trained(after)[3]["loss"] == pytest.approx(_trained(before)[3]["loss"], abs=2e-5)
 
 
 def _trained(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
