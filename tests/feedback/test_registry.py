@@ -103,3 +103,10 @@ def test_a_rule_defined_elsewhere_runs_through_the_exit() -> None:
     leaf = hidden.clone().requires_grad_()
     exit_cross_entropy(leaf, weight, target, feedback=Halved(8, 40)).backward()
     assert torch.equal(leaf.grad, half)
+
+
+def test_ranks_that_are_left_out() -> None:
+    """128 for codes, 32 for the residual, as far as there is room."""
+    assert make_feedback("dense", 200, 11).expander.shape == (200, 128)
+    assert make_feedback("parallel_gold", 200, 11).residual_base.shape == (200, 32)
+    assert make_feedback("parallel_gold", 20, 11).residual_base.shape == (20, 20)

@@ -78,6 +78,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run(
     assert_same_result(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("num_examples", [100, pytest.param(2000, marks=pytest.mark.long)])
 def test_whatever_is_damaged_the_one_before_is_found(tmp_path: Path, num_examples: int) -> None:
     """One random damage to one random file of the newest checkpoint."""
