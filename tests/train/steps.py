@@ -134,7 +134,7 @@ def many_steps(text: Path, num_steps: int) -> TrainConfig:
         eval_every=rare,
         checkpoint_every=rare,
         log_every=10,
-        tensorboard=True,
+        track="tensorboard",
     )
 
 
