@@ -42,9 +42,10 @@ def table(head: Row, rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def machine(content: Content) -> str:
-    versions = content["versions"]
-    return f"{content['device']}, torch {versions['torch']}, commit {content['commit'][:7]}."
+def machine(content: Content, section: str = "") -> str:
+    """What was measured on; a section that was measured at another commit than the rest says so in `commits`."""
+    commit = content.get("commits", {}).get(section, content["commit"])
+    return f"{content['device']}, torch {content['versions']['torch']}, commit {commit[:7]}."
 
 
 def cpu_times(content: Content) -> str:
@@ -228,7 +229,7 @@ def shared(content: Content) -> str:
         for count, measured in content["shared_exits"].items()
         for r in measured["results"]
     ]
-    return table(head, rows)
+    return "\n".join([table(head, rows), "", machine(content, "shared_exits")])
 
 
 def sweeps(content: Content) -> str:
@@ -252,7 +253,8 @@ def numerics(content: Content) -> str:
     if "numerics" not in content:
         return "Not measured yet: `localexit bench --numerics --output benchmarks/results/exit_gpu.json`."
     head = ("", "loss", "plain", "dW", "plain", "`transport`: dh", "plain", "within budget")
-    return table(head, [_trial(name, rows) for name, rows in _trials(content).items()])
+    rows = [_trial(name, rows) for name, rows in _trials(content).items()]
+    return "\n".join([table(head, rows), "", machine(content, "numerics")])
 
 
 def _trials(content: Content) -> dict[str, list[Content]]:

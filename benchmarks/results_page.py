@@ -191,7 +191,10 @@ def with_columns(text: str, columns: dict[str, dict[str, str]]) -> str:
 
 
 def rule_columns(*, with_options: bool) -> dict[str, dict[str, str]]:
-    """Columns A and B by rule, for settings that have cells: of each rule its best method without own settings."""
+    """Columns A and B by rule, for settings that have cells.
+
+    Of a rule's methods without settings of their own that with the most seeds is taken, and of those the best.
+    """
     missing = "not measured" if with_options else ""
     columns: dict[str, dict[str, str]] = {}
     for letter, place in COLUMNS.items():
@@ -199,11 +202,11 @@ def rule_columns(*, with_options: bool) -> dict[str, dict[str, str]]:
         if group is None:
             continue
         values = dict.fromkeys((*feedback_names(), BACKPROP), missing)
-        # The best comes last, and stays.
-        for row in reversed(group.rows):
+        # Most seeds first, then best first; what comes first stays.
+        for row in sorted(group.rows, key=lambda row: -len(row.seeds)):
             method = Method.parse(row.method)
             is_told = row.method == EXACT or row.to_exact is not None
-            if is_told and not method.settings and method.name in values:
+            if is_told and not method.settings and values.get(method.name) == missing:
                 options = ", ".join(f"{key}={value}" for key, value in method.options)
                 values[method.name] = told_shortly(row) + (f" ({options})" if options and with_options else "")
         columns[f"{letter}: difference" if with_options else letter] = values
