@@ -39,6 +39,14 @@ def test_rounds_to_a_neighbour_and_is_exact_on_average(vocab_size: int, width: i
     assert vocab_size == 1 or float(deviation.mean()) < 0.5 * float(nearest.mean())
 
 
+def test_operands_may_lie_column_by_column() -> None:
+    rows, residual, back, _ = make_case(128, 64, 32)
+    expected, corrected = rows.clone(), rows.clone()
+    correct(expected, residual, back, seed=1)
+    correct(corrected, residual.T.contiguous().T, back.T.contiguous().T, seed=1)
+    assert torch.equal(corrected, expected)
+
+
 def test_the_seed_decides() -> None:
     rows, residual, back, _ = make_case(128, 64, 32)
     results = []

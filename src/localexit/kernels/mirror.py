@@ -55,6 +55,8 @@ def correct(rows: Tensor, residual: Tensor, back: Tensor, *, seed: int) -> None:
         back: [P, D] in the same dtype.
         seed: of the rounding, in 0..2^31 - 1; another one for every update.
     """
+    # A solver's result may lie column by column.
+    residual, back = residual.contiguous(), back.contiguous()
     num_tokens, width = rows.shape
     columns, tokens = 128, 128
     correct_kernel[(triton.cdiv(width, columns), triton.cdiv(num_tokens, tokens))](
