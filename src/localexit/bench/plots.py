@@ -43,7 +43,7 @@ def write_plots(content: dict[str, Any], folder: Path, *, stem: str) -> Iterator
     folder.mkdir(parents=True, exist_ok=True)
     for chart in charts(content):
         path = folder / f"{stem}-{chart.name}.svg"
-        path.write_bytes(chart.svg)
+        path.write_bytes(chart.standalone_svg())
         yield path
 
 
