@@ -146,3 +146,12 @@ def test_a_filtered_dw_equals_the_plain_one(name: str, chunk_rows: int, monkeypa
     filtered = grad(TRITON, "filtered")
     assert relative(filtered, grad(PLAIN, "filtered").double()) < 1e-4
     assert relative(filtered, grad(PLAIN, "exact").double()) > 1e-3
+
+
+def test_a_filtered_dw_is_added_to_an_accumulator_that_lies_column_by_column() -> None:
+    hidden, weight, _, target, _ = make_case()
+    totals = torch.zeros(VOCAB, HIDDEN), torch.zeros(HIDDEN, VOCAB).T
+    for total in totals:
+        exit_step(hidden, weight, target, feedback=make_rule("dense"), grad_weight=total, weight_grad="filtered")
+    assert bool(totals[0].any())
+    assert torch.equal(*totals)

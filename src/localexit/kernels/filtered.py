@@ -37,7 +37,7 @@ def list_rows_kernel(
 
 @triton.jit
 def listed_weight_grad_kernel(
-    values, stride, hidden, width, rows, counts, num_rows, vocab_size, total,
+    values, stride, hidden, width, rows, counts, num_rows, vocab_size, total, total_stride, total_column_stride,
     ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,8 @@ def listed_weight_grad_kernel(
             hidden + index[:, None] * width + cols[None, :], mask=inside[:, None] & col_inside[None, :], other=0.0
         )
         acc = tl.dot(error, rows_hidden, acc, input_precision=PRECISION)
-    pointers = total + tokens.to(tl.int64)[:, None] * width + cols[None, :]
+    # The caller's accumulator may lie in memory as it likes.
+    pointers = total + tokens.to(tl.int64)[:, None] * total_stride + cols.to(tl.int64)[None, :] * total_column_stride
     mask = token_inside[:, None] & col_inside[None, :]
     if ACCUMULATE:
         acc += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)

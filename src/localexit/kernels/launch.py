@@ -197,7 +197,8 @@ def add_listed_weight_grad(
     out = values.new_empty(vocab_size, width) if total is None else total
     columns = max(16, min(256, triton.next_power_of_2(width)))
     listed_weight_grad_kernel[(triton.cdiv(width, columns), num_groups)](
-        values, values.stride(0), scaled_hidden, width, rows, counts, num_rows, vocab_size, out,
+        values, values.stride(0), scaled_hidden, width, rows, counts, num_rows, vocab_size,
+        out, out.stride(0), out.stride(1),
         ACCUMULATE=total is not None, PRECISION="ieee" if values.dtype == torch.float32 else "tf32",
         GROUP=GROUP, BLOCK=64 if values.dtype != torch.float32 else 32, COLUMNS=columns, num_warps=8, num_stages=3,
     )  # fmt: skip
