@@ -257,6 +257,7 @@ class Compare:
         methods: in place of the preset's.
         seeds: in place of the preset's.
         budgets: optimiser steps, in place of the preset's.
+        data: text to train on, as in `localexit train`, in place of the preset's: a larger one for longer runs.
         output: folder for cells.jsonl and the page; runs/compare-PRESET by default.
         merge: folders or files with cells of other machines, taken in first.
         processes: cells trained at a time.
@@ -270,6 +271,7 @@ class Compare:
     methods: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     budgets: tuple[int, ...] = ()
+    data: str | None = None
     output: Path | None = None
     merge: tuple[Path, ...] = ()
     processes: int = 1
@@ -288,10 +290,15 @@ class Compare:
             methods=self.methods,
             seeds=self.seeds,
             budgets=self.budgets,
+            data=self.data,
             device=self.device,
             commit=self.commit,
         )
         _values.count("processes", self.processes, minimum=1)
+        if self.data is not None:
+            from localexit.train.corpus import check_source
+
+            check_source(self.data)
         from rich.console import Console
 
         from localexit.compare.command import Comparison

@@ -162,6 +162,21 @@ def test_tuned_values_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+def test_another_text_takes_the_place_of_the_plans_own() -> None:
+    texts = {one.config.data for one in jobs(PLANS["b1"], data="some/folder")}
+    assert texts == {"some/folder"}
+    assert {one.config.data for one in jobs(PLANS["b1"])} == {"stdlib"}
+
+
+def test_a_text_that_is_not_there_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "cells"
+    assert cli.run(["compare", "--data", str(tmp_path / "absent"), "--output", str(output)]) == 2
+    assert "data: expected" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["compare", "--preset", "b0", "--methods", "transport", "frozen", "--seeds", "0", "--budgets", "41"]
     monkeypatch.setattr("localexit.compare.runner.run_cell", _pretend)

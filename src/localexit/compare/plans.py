@@ -207,6 +207,7 @@ def jobs(
     methods: Sequence[str] = (),
     seeds: Sequence[int] = (),
     budgets: Sequence[int] = (),
+    data: str | None = None,
     device: str | None = None,
     commit: str | None = None,
 ) -> tuple[Job, ...]:
@@ -217,15 +218,17 @@ def jobs(
         methods: in place of the plan's own, in every stage.
         seeds: likewise.
         budgets: likewise.
+        data: text to train on, in place of the plan's own.
         device: likewise.
         commit: of the sources, where git cannot be asked.
 
     Raises:
         ValueError: a method, seed or budget that cannot be.
     """
+    given: dict[str, Any] = {name: value for name, value in (("data", data), ("device", device)) if value is not None}
     found: dict[Key, Job] = {}
     for stage in plan.stages:
-        stage = stage if device is None else replace(stage, config=replace(stage.config, device=device))
+        stage = replace(stage, config=replace(stage.config, **given))
         for steps in budgets or stage.budgets:
             for seed in seeds or stage.seeds:
                 for text in methods or stage.methods:
