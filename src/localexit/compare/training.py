@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from localexit.bench.record import current_commit
 from localexit.compare.cells import Cell, Validation
 from localexit.compare.costs import counted_flops, exit_flops, feedback_bytes
 from localexit.compare.plans import Job
+from localexit.train.config import TrainConfig
 from localexit.train.data import RunData, load_data
 from localexit.train.devices import device_name, resolve_device, resolve_precision
 from localexit.train.evaluate import diagnose_feedback, validate
@@ -59,7 +61,9 @@ def run_cell(job: Job, *, deadline: float = math.inf) -> Cell:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
-    data = load_data(config)
+    data = _data(
+        TrainConfig(data=config.data, model=config.model, vocab_size=config.vocab_size, context=config.context)
+    )
     with warnings.catch_warnings():
         # A comparison shows what comes of it.
         warnings.filterwarnings("ignore", message="feedback 'parallel", category=UserWarning)
@@ -94,6 +98,12 @@ def run_cell(job: Job, *, deadline: float = math.inf) -> Cell:
         commit=job.commit or current_commit(),
         load_average=(load_before, _load_average()),
     )
+
+
+@lru_cache(maxsize=1)
+def _data(config: TrainConfig) -> RunData:
+    """The text of a cell, kept for the next: most often it has the same, and a large text takes long to read."""
+    return load_data(config)
 
 
 def _train(job: Job, trainer: Trainer, data: RunData, measured: _Measured, deadline: float) -> None:
