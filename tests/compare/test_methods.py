@@ -22,6 +22,7 @@ def test_every_rule_and_the_controls() -> None:
         "direct",
         "backprop@clip=2",
         "transport@exit_weights=0.5/1/2",
+        "mirror@exit_body=block",
     ],
 )
 def test_written_form_reads_back(text: str) -> None:
@@ -51,6 +52,12 @@ def test_controls() -> None:
     direct = Method.parse("direct").config(BASE, {})
     assert (direct.backward, str(direct.feedback)) == ("direct", "dense:rank=128")
     assert str(Method.parse("direct:rank=4").config(BASE, {}).feedback) == "dense:rank=4"
+
+
+def test_exits_with_a_block_of_their_own() -> None:
+    assert Method.parse("mirror@exit_body=block").config(BASE, {}).exit_body == "block"
+    with pytest.raises(ValueError, match="exit_body must be one of 'norm', 'mlp', 'block', got 'blocks'"):
+        Method.parse("mirror@exit_body=blocks").config(BASE, {})
 
 
 def test_several_numbers() -> None:

@@ -131,10 +131,11 @@ def middling(local: LocalModel) -> float:
     return float(torch.stack(early).max(0).values.median())
 
 
+@pytest.mark.parametrize("exit_body", ["norm", "block"])
 @pytest.mark.parametrize("exits", ["every", "every:2"])
 @pytest.mark.parametrize("name", MODELS)
-def test_confident_exits_are_those_of_a_model_without_a_cache(name: str, exits: str) -> None:
-    local = local_model(name, exits=exits)
+def test_confident_exits_are_those_of_a_model_without_a_cache(name: str, exits: str, exit_body: str) -> None:
+    local = local_model(name, exits=exits, exit_body=exit_body)
     threshold = middling(local)
     found = written(local, ConfidentExit(threshold=threshold), 12)
     assert found == confident_reference(local, threshold, 12)
@@ -175,11 +176,14 @@ def test_keys_and_values_of_skipped_blocks_are_exact_once_needed(name: str) -> N
         torch.testing.assert_close(found.values[..., -length:, :], layer.values, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("exit_body", ["norm", "block"])
 @pytest.mark.parametrize("draft_tokens", [1, 3])
 @pytest.mark.parametrize("draft_exit", [0, 1])
 @pytest.mark.parametrize("name", MODELS)
-def test_speculation_writes_what_the_last_exit_writes(name: str, draft_exit: int, draft_tokens: int) -> None:
-    local = local_model(name)
+def test_speculation_writes_what_the_last_exit_writes(
+    name: str, draft_exit: int, draft_tokens: int, exit_body: str
+) -> None:
+    local = local_model(name, exit_body=exit_body)
     strategy = SelfSpeculative(draft_exit=draft_exit, draft_tokens=draft_tokens)
     expected = [token.id for token in written(local, FixedExit(), 12)]
     assert [token.id for token in written(local, strategy, 12)] == expected
@@ -228,6 +232,34 @@ def test_blocks_after_a_sure_exit_wait() -> None:
     assert decoder.num_block_tokens == 8
     decoder.logits(3)
     assert sizes == [[4, 1, 1, 1, 1, 1], [9], [9], [9]]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_exit_with_a_block_of_its_own_reads_what_a_model_without_a_cache_would(name: str) -> None:
+    local = local_model(name, exit_body="block")
+    decoder = Decoder(local, PROMPT)
+    for exit_index, token in ((0, 3), (0, 8), (1, 1), (0, 2), (1, 6)):
+        decoder.append(3)
+        decoder.logits(0)
+        decoder.truncate(len(decoder.ids) - 1)
+        decoder.append(token)
+        found = decoder.logits(exit_index)
+        expected = local.exit_logits(exit_index, torch.tensor([decoder.ids]), logits_to_keep=1)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_block_of_an_exit_runs_only_where_it_is_asked() -> None:
+    local = local_model("llama", exit_body="block")
+    sizes = [forwards_of(body) for body in local.exit_bodies]
+    for exit_index, blocks in ((-1, 4), (1, 3)):
+        decoder = Decoder(local, PROMPT)
+        list(generate_ids(decoder, strategy=FixedExit(exit_index=exit_index), sampling=greedy(3)))
+        assert decoder.num_block_tokens == blocks * 6
+    assert sizes == [[], [4, 1, 1], []]
+    # An exit that is asked late has the text read once more.
+    decoder.append(5)
+    decoder.logits(0)
+    assert sizes == [[8], [4, 1, 1], []]
 
 
 @pytest.mark.parametrize("strategy", [SelfSpeculative(draft_tokens=3), SelfSpeculative(draft_exit=1, draft_tokens=5)])

@@ -67,12 +67,16 @@ def explicit_step(
     *,
     exits_at: Sequence[int] | None = None,
     norms: Sequence[Callable[[Tensor], Tensor]] | None = None,
+    bodies: Sequence[nn.Module] = (),
     weights: Sequence[float] | None = None,
     num_items: int | None = None,
     token_weight: Tensor | None = None,
     **loss_options: float,
 ) -> list[Tensor]:
-    """One step: leaves the gradients in `.grad`, returns the exits' unweighted losses."""
+    """One step: leaves the gradients in `.grad`, returns the exits' unweighted losses.
+
+    `bodies` are blocks of the first exits' own, run with what the model's blocks are run with.
+    """
     exits_at = range(len(parts.blocks)) if exits_at is None else exits_at
     norms = [parts.norm] * len(exits_at) if norms is None else norms
     weights = [1.0] * len(exits_at) if weights is None else weights
@@ -87,7 +91,8 @@ def explicit_step(
         if index not in exits_at:
             continue
         exit_index = list(exits_at).index(index)
-        normed = norms[exit_index](hidden)
+        read = parts.run(bodies[exit_index], hidden, *extras) if exit_index < len(bodies) else hidden
+        normed = norms[exit_index](read)
         result = reference_exit(
             normed.flatten(0, 1),
             parts.head.weight,

@@ -1,4 +1,4 @@
-"""Exits with an MLP of their own: part of their unit, without effect at first, saved with the exits."""
+"""Exits with an MLP or a block of their own: part of their unit, saved with the exits."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_bodies_are_saved_with_the_exits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exit_body": "attention"}, "exit_body must be one of 'norm', 'mlp', got 'attention'"),
+        ({"exit_body": "attention"}, "exit_body must be one of 'norm', 'mlp', 'block', got 'attention'"),
         ({"exit_body": "mlp", "exits": [-1]}, "the last is the only exit; leave exit_body out"),
     ],
 )

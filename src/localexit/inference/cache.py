@@ -12,6 +12,8 @@ class TextCache(DynamicCache):
     `transformers` asks a cache once per forward how many tokens it holds, and takes the answer of one layer for all.
     Here the first blocks may have read more than the deeper ones, so the answer is set from outside.
 
+    An exit with a block of its own has another cache for that block, a branch of this one.
+
     Attributes:
         length: tokens that the blocks of the next forward have read.
     """
@@ -20,6 +22,13 @@ class TextCache(DynamicCache):
         # Without a configuration every layer keeps all tokens, those with a sliding window too: so it can be shortened.
         super().__init__()
         self.length = 0
+        self._branches: dict[int, TextCache] = {}
+
+    def branch(self, exit_index: int) -> TextCache:
+        """The cache of the block that belongs to an exit alone; it has read what the exit's unit has read."""
+        branch = self._branches.setdefault(exit_index, TextCache())
+        branch.length = self.length
+        return branch
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Tokens before those of the running forward."""
@@ -40,3 +49,5 @@ class TextCache(DynamicCache):
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+        for branch in self._branches.values():
+            branch.truncate(length)

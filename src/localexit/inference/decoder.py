@@ -24,6 +24,9 @@ class Decoder:
     costs the deeper blocks nothing until a later token needs them, and then they have exactly the keys and values of a
     model that always runs all of its blocks.
 
+    An exit with a block of its own reads along with its unit from the first time that it is asked; if its unit has read
+    before, the text is then read once more from the start.
+
     Args:
         local: the model, in eval mode.
         ids: the beginning of the text; what does not fit into `limit` is cut off at its front.
@@ -49,6 +52,8 @@ class Decoder:
         self._num_read: list[int] = []
         # Per unit the hidden states [1, n, D'] that the next unit has not read.
         self._waiting: list[list[Tensor]] = []
+        # Exits with a block of their own that have been asked.
+        self._reading: set[int] = set()
         self.restart(ids)
 
     @property
@@ -89,6 +94,9 @@ class Decoder:
             ValueError: there is no such exit, or fewer than `num_last` tokens are new to it.
         """
         exit_index = self.local.exit_position(exit_index)
+        if self.local.exits[exit_index].block is not None and exit_index not in self._reading:
+            self._reading.add(exit_index)
+            self._forget()
         hidden = self._read(exit_index)
         num_new = 0 if hidden is None else hidden.shape[1]
         if hidden is None or num_new < num_last:
@@ -105,7 +113,7 @@ class Decoder:
         self._waiting = [[] for _ in range(num_units)]
 
     def _read(self, exit_index: int) -> Tensor | None:
-        """The hidden states [1, n, D'] after a unit, of the tokens that are new to it; None when none are."""
+        """What an exit reads, [1, n, D'], of the tokens that are new to it; None when none are."""
         if self._cache is None and self._num_read[0] < len(self.ids):
             self._forget()
         hidden, unit = None, 0
@@ -118,20 +126,22 @@ class Decoder:
             unit = last + 1
         return hidden
 
-    def _run(self, first: int, last: int) -> Tensor:
-        """Let units that have read equally far read the rest, in one forward."""
+    def _run(self, first: int, last: int) -> Tensor | None:
+        """Let units that have read equally far read the rest, in one forward; what the exit of the last one reads."""
         start = self._num_read[first]
         ids = torch.tensor([self.ids[start:]], device=self.local.unembedding.weight.device)
         before = _joined(self._waiting[first - 1])[0] if first else None
-        hidden = self.local.run_units(first, last, ids, hidden=before, **self._inputs(start))
+        reading = {last, *self._reading} if self.local.exits[last].block is None else self._reading
+        states = self.local.run_units(first, last, ids, hidden=before, reading=reading, **self._inputs(start))
         if first:
             self._waiting[first - 1] = []
         if last + 1 < len(self._waiting):
-            self._waiting[last].append(hidden)
-        blocks = [index for unit in self.local.units[first : last + 1] for index in unit.block_indices]
-        self.num_block_tokens += len(blocks) * ids.shape[1]
+            self._waiting[last].append(states.hidden)
+        num_blocks = sum(len(unit.block_indices) for unit in self.local.units[first : last + 1])
+        num_blocks += sum(first <= exit_index <= last for exit_index in self._reading)
+        self.num_block_tokens += num_blocks * ids.shape[1]
         self._num_read[first : last + 1] = [len(self.ids)] * (last + 1 - first)
-        return hidden
+        return states.read
 
     def _inputs(self, start: int) -> dict[str, Any]:
         if self._cache is None:

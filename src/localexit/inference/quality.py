@@ -21,7 +21,7 @@ class ExitQuality:
     """One exit on a text.
 
     Attributes:
-        num_blocks: blocks that are run for it.
+        num_blocks: blocks that are run for it, one of its own included.
         loss: nats/token.
         accuracy: share of tokens predicted right.
         confidence: mean probability of the most likely token.
@@ -46,7 +46,7 @@ class EarlyExit:
 
     Attributes:
         threshold: the threshold.
-        average_blocks: mean number of blocks up to the exit that predicts.
+        average_blocks: mean number of blocks up to the exit that predicts, those of the exits asked included.
         loss, accuracy, agreement: as for an exit.
     """
 
@@ -99,7 +99,11 @@ class _Sums:
     def __init__(self, local: LocalModel, thresholds: Sequence[float]) -> None:
         device = local.unembedding.weight.device
         self.thresholds = thresholds
-        self.num_blocks = torch.tensor([exit_.block_index + 1 for exit_ in local.exits], device=device)
+        depth = torch.tensor([exit_.block_index + 1 for exit_ in local.exits], device=device)
+        own = torch.tensor([exit_.num_own_blocks for exit_ in local.exits], device=device)
+        self.num_blocks = depth + own
+        # Who leaves at an exit has asked all exits before it.
+        self.num_blocks_asked = depth + own.cumsum(0)
         self.num_tokens = 0
         self.exits = torch.zeros(4, local.num_exits, dtype=torch.float64, device=device)
         self.early = torch.zeros(4, len(thresholds), dtype=torch.float64, device=device)
@@ -119,7 +123,7 @@ class _Sums:
             is_sure[-1] = True
             leaves_at = is_sure.int().argmax(0)  # [N], the first exit that is sure
             self.early[:3, column] += per_token[:3].gather(1, leaves_at.expand(3, 1, -1))[:, 0].sum(-1)
-            self.early[3, column] += self.num_blocks[leaves_at].sum()
+            self.early[3, column] += self.num_blocks_asked[leaves_at].sum()
 
     def means(self) -> Quality:
         """The sums over the number of tokens."""

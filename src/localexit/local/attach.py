@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from localexit import _checks
 from localexit.exits.ranks import DataParallel
 from localexit.feedback import Feedback, make_feedback
+from localexit.local.bodies import add_bodies
 from localexit.local.discover import Anatomy, discover
-from localexit.local.exits import Exit, Readout, add_bodies, make_exits, warn_if_scale_invariant
+from localexit.local.exits import Exit, Readout, make_exits, warn_if_scale_invariant
 from localexit.local.model import LocalModel
 from localexit.local.schedule import ExitSchedule
 from localexit.local.sharding import is_sharded, reshard, sharded_modules
 from localexit.local.steps import LossSettings
+from localexit.local.trace import random_ids
 from localexit.local.units import exit_blocks, make_units
 
 BACKWARD_MODES = ("deferred", "stream", "joint", "direct")
@@ -62,7 +64,8 @@ def attach(
         exit_norm: what stands between a block and the unembedding at all exits but the last, which has the model's own:
             "shared" (the model's own, trained by all), "copy" (a copy each), "none", or a module.
         exit_body: what all exits but the last have of their own in front of that, trained with their units: "norm" for
-            nothing more, "mlp" for a residual MLP.
+            nothing more, "mlp" for a residual MLP, "block" for a copy of the exit's block, called with what that is
+            called with; what is frozen in the block is frozen in its copy.
         backward: "deferred": the loss has its graph, and any outer backward trains the model; until then every unit's
             activations and every exit's [V, D] gradient of the unembedding are kept. "stream": gradients are made
             during the forward, one unit's activations live at a time, and all exits share one such gradient. Two
@@ -93,11 +96,12 @@ def attach(
             "exits_per_step is not for backward='direct', whose only loss is the last exit's; leave it out"
         )
     _checks.loss_options("mean", label_smoothing, z_loss, None)
-    anatomy = discover(model, example, seed=seed)
+    example = random_ids(model, seed=seed) if example is None else example
+    anatomy = discover(model, example)
     # The forward has left whole parameters where units are to find sharded ones.
     reshard(sharded_modules(model))
     model_exits, exit_norms = make_exits(exit_blocks(exits, len(anatomy.blocks)), anatomy, exit_norm)
-    model_exits, exit_bodies = add_bodies(model_exits, anatomy, exit_body, seed=seed)
+    model_exits, exit_bodies = add_bodies(model, model_exits, anatomy, exit_body, example=example, seed=seed)
     rule = _rule(feedback, anatomy.unembedding.weight, seed=seed)
     warn_if_scale_invariant(model_exits, anatomy.example_hidden, rule.name)
     units, shared = make_units(
@@ -105,7 +109,7 @@ def attach(
         anatomy.blocks,
         [exit_.block_index for exit_ in model_exits],
         shared=_shared_by_exits(anatomy, model_exits, exit_norm),
-        norms=[(*exit_.body, *exit_.norm) for exit_ in model_exits],
+        own=[exit_.own_modules for exit_ in model_exits],
     )
     readout = Readout(unembedding=anatomy.unembedding, scale=anatomy.scale, softcap=anatomy.softcap)
     local = LocalModel(

@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from localexit import _checks
-from localexit.feedback.draws import derive_seed
+from localexit.local.bodies import BlockBody, BlockCall
 from localexit.local.discover import Anatomy, apply_tail, capped
 
 EXIT_NORMS = ("shared", "copy", "none")
-EXIT_BODIES = ("norm", "mlp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,41 +24,34 @@ class Exit:
         index: position among the exits, from 0.
         block_index: position of its block among the model's blocks.
         norm: modules between the block's hidden and the unembedding, in order.
-        body: modules of the exit's own in front of its norm.
+        body: modules of the exit's own in front of its norm, which work token by token.
+        block: a copy of its block in front of these, or None.
     """
 
     index: int
     block_index: int
     norm: tuple[nn.Module, ...]
     body: tuple[nn.Module, ...] = ()
+    block: BlockBody | None = None
+
+    @property
+    def own_modules(self) -> tuple[nn.Module, ...]:
+        """Everything between the block's hidden and the unembedding, in order."""
+        copied = () if self.block is None else (self.block.module,)
+        return (*copied, *self.body, *self.norm)
+
+    @property
+    def num_own_blocks(self) -> int:
+        """Blocks that are run for this exit alone."""
+        return 0 if self.block is None else 1
+
+    def reads(self, call: BlockCall) -> Tensor:
+        """What the exit computes from, [B, T, D']: the block's hidden, through the exit's own block if it has one."""
+        return call.hidden if self.block is None else self.block(call)
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """The block's hidden [..., D'] through body and norm: [..., D]."""
+        """What it reads [..., D'] through body and norm: [..., D]."""
         return apply_tail((*self.body, *self.norm), hidden)
-
-
-class ExitMlp(nn.Module):
-    """A body of an exit: `hidden + down(gelu(up(norm(hidden))))`, token by token, four times as wide as the hidden.
-
-    `down` starts at zero, and with it the exit as if it had no body.
-
-    Args:
-        width: of the hidden.
-        generator: of the weights, on the CPU.
-    """
-
-    def __init__(self, width: int, *, generator: torch.Generator) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(width)
-        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
-        with torch.no_grad():
-            self.up.weight.normal_(std=width**-0.5, generator=generator)
-            self.down.weight.zero_()
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`hidden` [..., D'] with what the MLP adds."""
-        added: Tensor = self.down(nn.functional.gelu(self.up(self.norm(hidden))))
-        return hidden + added
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,38 +148,6 @@ def _check_width(exit_: Exit, anatomy: Anatomy) -> None:
             f"D]={list(anatomy.unembedding.weight.shape)}; pass exit_norm='shared', or a module that "
             f"returns D={width}"
         )
-
-
-def add_bodies(
-    exits: Sequence[Exit], anatomy: Anatomy, exit_body: str, *, seed: int
-) -> tuple[tuple[Exit, ...], nn.ModuleList]:
-    """The exits with bodies of their own, and these; the last exit, which is the model itself, has none.
-
-    Args:
-        exits: the exits.
-        anatomy: the model's parts.
-        exit_body: "norm" for none, or "mlp".
-        seed: of the weights.
-
-    Raises:
-        ValueError: unknown name, or no exit would have a body.
-    """
-    _checks.choice("exit_body", exit_body, EXIT_BODIES)
-    if exit_body == "norm":
-        return tuple(exits), nn.ModuleList()
-    if len(exits) == 1:
-        raise ValueError(
-            f"exit_body={exit_body!r} is for all exits but the last, and the last is the only exit; leave exit_body "
-            f"out, or give more blocks an exit with exits="
-        )
-    generator = torch.Generator().manual_seed(derive_seed(seed, "exit bodies"))
-    like = anatomy.example_hidden
-    width = like.shape[-1]
-    # Made on the CPU, so that a seed means the same on every device; without a draw of torch's own generator.
-    with torch.random.fork_rng(devices=[]):
-        bodies = [ExitMlp(width, generator=generator).to(like.device, like.dtype) for _ in exits[:-1]]
-    with_bodies = [replace(exit_, body=(body,)) for exit_, body in zip(exits[:-1], bodies, strict=True)]
-    return (*with_bodies, exits[-1]), nn.ModuleList(bodies)
 
 
 def warn_if_scale_invariant(exits: Sequence[Exit], hidden: Tensor, rule: str) -> None:

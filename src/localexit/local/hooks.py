@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localexit.local.bodies import BlockCall
 from localexit.local.exits import Exit
 from localexit.local.graph import UnitGraph, origin
 from localexit.local.router import RouterPlace
@@ -73,7 +74,10 @@ class BlockHooks:
             ),
             # Not at the end of the block itself: other hooks on it must run.
             *(module.register_forward_pre_hook(self._stop, prepend=True) for module in (*blocks, after_blocks)),
-            *(block.register_forward_hook(functools.partial(self._after, index)) for index, block in enumerate(blocks)),
+            *(
+                block.register_forward_hook(functools.partial(self._after, index), with_kwargs=True)
+                for index, block in enumerate(blocks)
+            ),
             *(place.module.register_forward_hook(functools.partial(self._keep, place)) for place in router_places),
         ]
 
@@ -141,8 +145,8 @@ class BlockHooks:
             return None
         return self._enter_block(self, step, index, args, kwargs)
 
-    def _after(self, index: int, _block: nn.Module, _args: Any, output: Any) -> Any:
-        return None if self._step is None else self._leave_block(self, self._step, index, output)
+    def _after(self, index: int, _block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return None if self._step is None else self._leave_block(self, self._step, index, args, kwargs, output)
 
     def _keep(self, place: RouterPlace, _router: nn.Module, _args: Any, output: Any) -> None:
         if isinstance(self._step, TrainingStep):
@@ -161,7 +165,7 @@ class BlockHooks:
         separate = graph.enter if index == unit.block_indices[0] else graph.keep_own
         return separate(args), separate(kwargs)
 
-    def _run_exit(self, step: Step, index: int, output: Any) -> Any:
+    def _run_exit(self, step: Step, index: int, args: Any, kwargs: Any, output: Any) -> Any:
         unit = self._units[index]
         graph = self._graphs[unit.index]
         if not step.is_training:
@@ -171,11 +175,12 @@ class BlockHooks:
         if index != unit.block_indices[-1]:
             graph.add_outputs(tensors_requiring_grad(output))
             return None
-        hidden = first_tensor(output, what=self._blocks[index][0])
+        name, block = self._blocks[index]
+        hidden = first_tensor(output, what=name)
         if step.is_training and unit.index not in self._checked:
             self._check(unit, hidden)
             self._checked.add(unit.index)
-        step.at_exit(self._exits[unit.index], hidden)
+        step.at_exit(self._exits[unit.index], BlockCall(block=block, args=args, kwargs=kwargs, hidden=hidden))
         graph.leave()
         self._is_done = unit.index == step.last_exit
         return replace_tensors(output, detach_tensor) if step.is_training else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from localexit.local.controls import DirectStep, JointStep
 from localexit.local.discover import Anatomy
 from localexit.local.exits import Exit
 from localexit.local.hooks import BlockHooks
-from localexit.local.predict import ExitPredictions, HiddenStep, PredictionStep
+from localexit.local.predict import ExitPredictions, HiddenStep, PredictionStep, UnitStates
 from localexit.local.schedule import ExitSchedule
 from localexit.local.sharding import clip_grad_norm_, sharded_modules
 from localexit.local.steps import (
@@ -338,8 +338,16 @@ class LocalModel(nn.Module):
 
     @torch.no_grad()
     def run_units(
-        self, first: int, last: int, /, input_ids: Tensor, *, hidden: Tensor | None = None, **inputs: Any
-    ) -> Tensor:
+        self,
+        first: int,
+        last: int,
+        /,
+        input_ids: Tensor,
+        *,
+        hidden: Tensor | None = None,
+        reading: Collection[int] | None = None,
+        **inputs: Any,
+    ) -> UnitStates:
         """Hidden states after unit `last`; of the blocks only those of the units `first` to `last` are run.
 
         Positions, masks and whatever else the model gives its blocks, it makes from the token ids and from `inputs`,
@@ -352,21 +360,23 @@ class LocalModel(nn.Module):
             last: the last one.
             input_ids: int64 [B, T].
             hidden: [B, T, D'], the hidden states of these tokens after unit `first - 1`; None for `first` 0.
+            reading: the exits that read these tokens; None for the one at unit `last`. With a cache, an exit that has a
+                block of its own must read every token that its unit reads, or none.
             inputs: the model's other inputs.
 
         Returns:
-            [B, T, D'], for `logits_from` or for the units after `last`.
+            The hidden states for the units after `last`, and what the exit there reads, for `logits_from`.
 
         Raises:
             ValueError: the blocks before unit `first` have not run yet.
         """
         hooks = self._running_hooks()
         num_skipped = self.units[first].block_indices[0]
-        step = HiddenStep(settings=self._settings, last_exit=last)
+        step = HiddenStep(settings=self._settings, last_exit=last, reading=(last,) if reading is None else reading)
         with hooks.running(step), hooks.skipping(num_skipped, input_ids if hidden is None else hidden):
             self.model(input_ids, **inputs)
-        assert step.hidden is not None, "the forward ended at the wanted exit"
-        return step.hidden
+        assert step.states is not None, "the forward ended at the wanted exit"
+        return step.states
 
     def train_units(
         self,
@@ -419,7 +429,7 @@ class LocalModel(nn.Module):
 
     @torch.no_grad()
     def logits_from(self, exit_index: int, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of one exit from the hidden states [..., D'] of its unit."""
+        """Logits [..., V] of one exit from what it reads [..., D']."""
         return self._settings.readout.logits(self.exits[exit_index], hidden)
 
     @torch.no_grad()
@@ -429,7 +439,7 @@ class LocalModel(nn.Module):
         """Logits at one exit, without gradients; the blocks after it are not run.
 
         With `past_key_values=` (an object of `transformers`) and `use_cache=True` the blocks up to the exit update
-        their part of the cache; a cache belongs to one exit.
+        their part of the cache; a cache belongs to one exit, and one with a block of its own takes none.
 
         Args:
             exit_index: which exit; negative ones count from the last.
@@ -441,11 +451,15 @@ class LocalModel(nn.Module):
             [B, T, V], or [B, logits_to_keep, V]; at the last exit bitwise what the model returns.
 
         Raises:
-            ValueError: there is no such exit, or use_cache without a cache to fill.
+            ValueError: there is no such exit, use_cache without a cache to fill, or a cache without room for a block of
+                the exit's own.
         """
         last_exit = self.exit_position(exit_index)
         if inputs.get("use_cache") and inputs.get("past_key_values") is None:
             raise ValueError("use_cache=True needs past_key_values=, the cache to fill: only logits are returned")
+        if self.exits[last_exit].block is not None and "use_cache" in self._takes:
+            # A cache that the model makes by itself would have the block's keys where those of its copy belong.
+            inputs.setdefault("use_cache", False)
         step = LogitsStep(
             settings=self._settings,
             last_exit=last_exit,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from localexit.feedback.base import accumulate_dtype
 from localexit.local.batch import IGNORE_INDEX
+from localexit.local.bodies import BlockCall
 from localexit.local.discover import capped
 from localexit.local.exits import Exit
 from localexit.local.steps import Step
@@ -47,10 +49,10 @@ class PredictionStep(Step):
     target: Tensor
     rows: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
-    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+    def at_exit(self, exit_: Exit, call: BlockCall) -> None:
         """Predict the successor of every token."""
         readout = self.settings.readout
-        normed = readout.normed(exit_, hidden).flatten(0, -2)
+        normed = readout.normed(exit_, exit_.reads(call)).flatten(0, -2)
         num_rows = max(1, _CHUNK_BYTES // (4 * readout.weight.shape[0]))
         chunks = zip(normed.split(num_rows), self.target.flatten().split(num_rows), strict=True)
         found = [self._predict(*chunk) for chunk in chunks]
@@ -78,13 +80,31 @@ class PredictionStep(Step):
         return best.indices, best.values.exp(), torch.where(is_counted, of_target, 0)
 
 
+class UnitStates(NamedTuple):
+    """What a run of units makes of some tokens.
+
+    Attributes:
+        hidden: [B, T, D'], after the last of them, for the units that follow.
+        read: [B, T, D'], what the exit there reads, for its logits; None when it was not asked for.
+    """
+
+    hidden: Tensor
+    read: Tensor | None
+
+
 @dataclass(kw_only=True)
 class HiddenStep(Step):
-    """The hidden states at one exit; the blocks after it are not run."""
+    """The hidden states at one exit; the blocks after it are not run.
 
-    hidden: Tensor | None = None
+    Attributes:
+        reading: the exits that read these tokens; one with a block of its own fills its part of a cache.
+    """
 
-    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
-        """Keep the hidden at the wanted exit."""
+    reading: Collection[int]
+    states: UnitStates | None = None
+
+    def at_exit(self, exit_: Exit, call: BlockCall) -> None:
+        """Let the exit read, and keep the hidden at the wanted exit."""
+        read = exit_.reads(call) if exit_.index in self.reading else None
         if exit_.index == self.last_exit:
-            self.hidden = hidden
+            self.states = UnitStates(hidden=call.hidden, read=read)

@@ -14,6 +14,7 @@ from localexit.exits.ranks import DataParallel
 from localexit.feedback.base import Feedback, accumulate_dtype
 from localexit.local.average import GradientAverage
 from localexit.local.batch import IGNORE_INDEX, Batch, Seen, num_targets
+from localexit.local.bodies import BlockCall
 from localexit.local.exits import Exit, Readout
 
 
@@ -75,8 +76,8 @@ class Step:
     last_exit: int
     is_training: bool = False
 
-    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
-        """Called with the hidden [B, T, D'] of every exit, in order."""
+    def at_exit(self, exit_: Exit, call: BlockCall) -> None:
+        """Called at every exit, in order, with what its block was given and returned."""
         raise NotImplementedError
 
 
@@ -96,15 +97,15 @@ class TrainingStep(Step):
     router_losses: dict[int, Tensor] = field(default_factory=dict)
     is_training: bool = True
 
-    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+    def at_exit(self, exit_: Exit, call: BlockCall) -> None:
         """Let the unit learn, unless its exit sits this step out."""
-        self.batch.check(hidden)
+        self.batch.check(call.hidden)
         if self.batch.weights[exit_.index] > 0:
-            self.learn(exit_, hidden)
+            self.learn(exit_, exit_.reads(call))
         self.router_logits.clear()
 
     def learn(self, exit_: Exit, hidden: Tensor) -> None:
-        """The exit's loss, and what follows from it."""
+        """The exit's loss from what it reads, and what follows from that."""
         raise NotImplementedError
 
     def seen_by(self, exit_: Exit) -> Seen:
@@ -213,11 +214,11 @@ class StreamStep(TrainingStep):
         self.weight_grad = SharedGradient(readout.weight)
         self.bias_grad = SharedGradient(readout.unembedding.bias, factor=readout.scale)
 
-    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+    def at_exit(self, exit_: Exit, call: BlockCall) -> None:
         """Hand the hidden on where somebody waits for it, and let the unit learn."""
         if self.send is not None and exit_.index == self.last_exit:
-            self.send(hidden.detach())
-        super().at_exit(exit_, hidden)
+            self.send(call.hidden.detach())
+        super().at_exit(exit_, call)
 
     def learn(self, exit_: Exit, hidden: Tensor) -> None:
         """Loss, dW and feedback of the exit, then the backward of its unit."""
@@ -340,11 +341,11 @@ class EvaluationStep(Step):
     losses: list[Tensor] = field(default_factory=list)
     accuracies: list[Tensor] = field(default_factory=list)
 
-    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+    def at_exit(self, exit_: Exit, call: BlockCall) -> None:
         """Measure the exit."""
         settings, readout = self.settings, self.settings.readout
         loss, stats = exit_cross_entropy(
-            readout.normed(exit_, hidden),
+            readout.normed(exit_, exit_.reads(call)),
             readout.weight,
             self.target,
             feedback=settings.feedback,
@@ -376,10 +377,10 @@ class LogitsStep(Step):
     positions: slice | Tensor = field(default_factory=lambda: slice(None))
     logits: Tensor | None = None
 
-    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+    def at_exit(self, exit_: Exit, call: BlockCall) -> None:
         """Compute the logits at the wanted exit, nothing at the others."""
         if exit_.index == self.last_exit:
-            self.logits = self.settings.readout.logits(exit_, hidden[:, self.positions])
+            self.logits = self.settings.readout.logits(exit_, exit_.reads(call)[:, self.positions])
 
 
 def _readable(loss: Tensor) -> Tensor:

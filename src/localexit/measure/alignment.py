@@ -23,6 +23,7 @@ from localexit.feedback import Feedback, WeightMirror, WeightTransport
 from localexit.feedback.base import Error, Tokens
 from localexit.local import LocalModel
 from localexit.local.batch import IGNORE_INDEX, num_targets, shifted
+from localexit.local.bodies import BlockCall
 from localexit.local.exits import Exit
 from localexit.local.steps import Step
 
@@ -220,9 +221,9 @@ class _DiagnosisStep(Step):
     is_training: bool = True
     router_logits: list[Tensor] = field(default_factory=list)
 
-    def at_exit(self, exit_: Exit, hidden: Tensor) -> None:
+    def at_exit(self, exit_: Exit, call: BlockCall) -> None:
         """Measure the exit."""
-        normed = self.settings.readout.normed(exit_, hidden)
+        normed = self.settings.readout.normed(exit_, exit_.reads(call))
         exact = self._feedback(exit_, normed, self.exact)
         ours = self._feedback(exit_, normed, self.settings.feedback)
         is_counted = (self.target != IGNORE_INDEX).flatten()

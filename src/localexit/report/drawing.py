@@ -119,7 +119,7 @@ def scale_exits(axes: Axes, num_exits: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, steps=_STEPS))
 
 
-def scale_blocks(axes: Axes, num_blocks: int) -> None:
+def scale_blocks(axes: Axes, num_blocks: float) -> None:
     """Set the x axis to a number of blocks, from none to all."""
     axes.set_xlim(0, 1.02 * num_blocks)
     axes.set_xlabel("blocks a token, on average")

@@ -154,7 +154,8 @@ def _early_exits(run: Run, quantity: str, *, name: str, title: str) -> Chart | N
         return None
     figure, axes = canvas(*SMALL, right=0.95)
     draw(axes, curves)
-    scale_blocks(axes, evaluation.num_blocks)
+    # Exits with blocks of their own may take more than the model has.
+    scale_blocks(axes, max(evaluation.num_blocks, exits["num_blocks"].max(), early["average_blocks"].max(initial=0)))
     scale_losses(axes, curves, uniform=None)
     label_ends(axes, curves, strong="last")
     return rendered(

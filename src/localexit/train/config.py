@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from localexit.feedback import Feedback
 
 ExitNorm = Literal["shared", "copy", "none"]
-ExitBody = Literal["norm", "mlp"]
+ExitBody = Literal["norm", "mlp", "block"]
 Backward = Literal["stream", "deferred", "joint", "direct"]
 LOCAL_BACKWARDS = ("stream", "deferred")
 Decay = Literal["linear", "cosine"]
@@ -112,7 +112,8 @@ class TrainConfig:
         feedback: the rule, alone or with options of its own.
         exits: which blocks have one: every, every:K, or indices such as 1,3,5; the last block always has.
         exit_norm: the norm at early exits: the model's own (shared), a copy each, or none.
-        exit_body: what early exits have of their own in front of that: nothing more (norm), or a residual mlp.
+        exit_body: what early exits have of their own in front of that: nothing more (norm), a residual mlp, or a copy
+            of their block.
         exit_weights: what each exit's loss counts, one number an exit; 1 each by default.
         exit_warmup: steps in which the exits' weights rise from zero.
         exits_per_step: so many exits, drawn at random, take part in a step; all by default.
