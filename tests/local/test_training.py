@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import localexit
 from local.decoders import VOCAB, WIDTH, PlainDecoder, batch, build, gradients
 from local.rules import attached
 from localexit.feedback import make_feedback
-from localexit.local import LocalOutput, attach
+from localexit.local import LocalModel, LocalOutput, attach
 
 MODES = ("deferred", "stream")
 
@@ -194,16 +195,17 @@ def test_rules_by_name_get_the_unembeddings_sizes_and_the_seed() -> None:
 
 # The compiler looks at the gradients of all tensors it is given.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("mode", MODES)
-def test_compiled_blocks_give_the_same_gradients(mode: str) -> None:
+def test_compiled_blocks_give_the_same_gradients(mode: str, backend: str) -> None:
     """Compiled with their hooks, or without (`block.forward`, which also allows fullgraph)."""
     ids, labels = batch()
     expected, model = build("plain", 2), build("plain", 2)
     for decoder in (expected, model):
         local = attached(decoder, backward=mode)
         if decoder is model:
-            model.blocks[0].forward = torch.compile(model.blocks[0].forward, backend="eager", fullgraph=True)
-            model.blocks[1].compile(backend="eager")
+            model.blocks[0].forward = torch.compile(model.blocks[0].forward, backend=backend, fullgraph=True)
+            model.blocks[1].compile(backend=backend)
         out = local(ids, labels)
         if mode == "deferred":
             out.loss.backward()
@@ -239,15 +241,44 @@ def test_a_mirror_learns_from_micro_batches_as_from_the_whole_batch(mode: str) -
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_compiled_as_a_whole_after_attaching_it_still_trains_unit_by_unit() -> None:
+def test_compiled_as_a_whole_after_attaching_a_deferred_model_still_trains_unit_by_unit() -> None:
     ids, labels = batch()
     expected, model = build("plain", 2), build("plain", 2)
-    attached(expected, backward="stream")(ids, labels)
-    attached(model, backward="stream")
-    model.compile(backend="eager")
-    model(ids, labels=labels)
+    attached(expected)(ids, labels).loss.backward()
+    attached(model)
+    model.compile(backend="aot_eager")
+    model(ids, labels=labels).loss.backward()
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, gradients(expected)[name])
+
+
+WHOLE: dict[str, Callable[[LocalModel], Callable[..., object]]] = {
+    "the model": lambda local: torch.compile(local.model, backend="aot_eager"),
+    "the model with exits": lambda local: torch.compile(local, backend="aot_eager"),
+    "a function that calls it": lambda local: torch.compile(
+        lambda ids, labels: local(ids, labels).loss + 1, backend="aot_eager"
+    ),
+}
+
+
+@pytest.mark.parametrize("backward", ["stream", "joint"])
+@pytest.mark.parametrize("what", WHOLE)
+def test_a_compiled_whole_is_refused_where_backwards_run_in_the_forward(what: str, backward: str) -> None:
+    ids, labels = batch()
+    local = attached(build("llama", 2), backward=backward)
+    compiled = WHOLE[what](local)
+    with pytest.raises(
+        ValueError, match=rf"backward='{backward}' and compiled as a whole .* Compile the blocks one by"
+    ):
+        compiled(ids, labels=labels)
+    assert not gradients(local.model)
+    # The same object trains uncompiled, and may be evaluated compiled.
+    local(ids, labels)
+    assert gradients(local.model)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(local.model.eval(), backend="eager")(ids).logits, local.model(ids).logits
+        )
 
 
 def test_micro_batches_draw_independently_until_the_update() -> None:

@@ -541,6 +541,8 @@ class LocalModel(nn.Module):
         inputs = TrainingInputs.take(self._original_forward, args, kwargs)
         if inputs is None:
             return self._original_forward(*args, **kwargs)
+        if self.backward_mode != "deferred":
+            _refuse_compilation(self.backward_mode, torch.compiler.is_dynamo_compiling())
         self._refuse_unsupported(inputs)
         # Whoever switches the model to training means its feedback as well.
         self.feedback.train()
@@ -635,6 +637,18 @@ class LocalModel(nn.Module):
         if self._hooks is None:
             raise RuntimeError("this LocalModel was removed from its model; attach again")
         return self._hooks
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _refuse_compilation(backward_mode: str, is_compiled: bool) -> None:
+    """Not traced, so that the error is the caller's and not one that the compiler catches to go on without it."""
+    if is_compiled:
+        raise ValueError(
+            f"this model is attached with backward={backward_mode!r} and compiled as a whole (torch.compile around the "
+            f"model, or around a function that calls it): backwards run inside of its forward, and the graph would "
+            f"break at every block. Compile the blocks one by one after attach(): for block in local.blocks: "
+            f"block.forward = torch.compile(block.forward)"
+        )
 
 
 def _positional(input_ids: Tensor | None) -> tuple[Tensor, ...]:
