@@ -92,6 +92,9 @@ def trained(
         optimizer.step()
         optimizer.zero_grad()
         local.update()
+        if wrapper == "fully_shard":
+            # Nobody keeps the whole of what is spread, whether a backward came or not.
+            assert all(isinstance(p, DTensor) for block in local.blocks for p in block.parameters())
     # An exit that sat the last step out has no loss.
     tensors = {"losses": losses.nan_to_num()} | dict(local.named_parameters()) | dict(local.feedback.named_buffers())
     return {key.replace("module.", ""): whole(tensor) for key, tensor in tensors.items()}
@@ -161,6 +164,14 @@ def test_exits_that_sit_out(backward: str) -> None:
     schedule = ExitSchedule(exits_per_step=1)
     check(2, ("mirror_sampled",), EXACT, num_steps=5, backward=backward, schedule=schedule)
     check(2, ("transport",), EXACT, num_steps=5, wrapper="DDP", backward=backward, schedule=schedule)
+
+
+@pytest.mark.parametrize("backward", ["stream", "deferred"])
+def test_exits_of_sharded_blocks_that_sit_out(backward: str) -> None:
+    """No backward comes to a block whose exit sits out: it must give up its whole parameters without one."""
+    options = {"wrapper": "fully_shard", "backward": backward, "num_steps": 6}
+    check(2, ("mirror_sampled",), EXACT, schedule=ExitSchedule(exits_per_step=1), **options)
+    check(2, ("transport",), EXACT, schedule=ExitSchedule(exits_per_step=2), accumulate=2, **options)
 
 
 @pytest.mark.slow

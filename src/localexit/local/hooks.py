@@ -181,6 +181,9 @@ class BlockHooks:
             self._check(unit, hidden)
             self._checked.add(unit.index)
         step.at_exit(self._exits[unit.index], BlockCall(block=block, args=args, kwargs=kwargs, hidden=hidden))
+        if isinstance(step, TrainingStep) and step.is_training and not step.batch.weights[unit.index]:
+            # It sits the step out: no backward comes that would put shards back in the place of whole parameters.
+            reshard(module for i in unit.block_indices for module in sharded_modules(self._blocks[i][1]))
         graph.leave()
         self._is_done = unit.index == step.last_exit
         return replace_tensors(output, detach_tensor) if step.is_training else None

@@ -224,11 +224,6 @@ class LocalModel(nn.Module):
     @schedule.setter
     def schedule(self, schedule: ExitSchedule) -> None:
         schedule.check(self.num_exits)
-        if schedule.exits_per_step is not None and self.is_sharded:
-            raise ValueError(
-                "exits_per_step is not for blocks that fully_shard has spread over ranks: they wait for a backward "
-                "that does not come when their exit sits a step out; use token_share, or wrap the blocks in DDP"
-            )
         self._schedule = schedule
 
     def step_weights(self) -> tuple[float, ...]:
