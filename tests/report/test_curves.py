@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localexit.report.curves import binned, last_finite, spread, thinned
+from localexit.report.curves import binned, binned_columns, last_finite, spread, thinned
 
 NAN = float("nan")
 
@@ -33,6 +33,16 @@ def test_what_is_not_finite_does_not_spread_to_its_neighbours(reduce):
     values = np.array([[1.0], [NAN], [np.inf], [-np.inf], [5.0], [5.0]])
     _, reduced = binned(np.arange(6), values, reduce=reduce, limit=3)
     np.testing.assert_array_equal(reduced.ravel(), [1.0, NAN, 5.0])
+
+
+def test_a_curve_goes_on_where_only_others_have_a_number():
+    values = np.array([[1.0, NAN], [NAN, 2.0], [NAN, NAN], [3.0, np.inf], [4.0, 5.0]])
+    (first_x, first), (second_x, second) = binned_columns(np.arange(5), values, reduce="mean")
+    assert first_x.tolist() == [0, 2, 3, 4]
+    np.testing.assert_array_equal(first, [1.0, NAN, 3.0, 4.0])
+    assert second_x.tolist() == [1, 2, 3, 4]
+    np.testing.assert_array_equal(second, [2.0, NAN, NAN, 5.0])
+    assert binned_columns(np.arange(0), np.zeros((0, 2)), reduce="max")[1][1].shape == (0,)
 
 
 def test_a_million_records_shrink_and_keep_their_end():

@@ -61,6 +61,30 @@ def test_learning_curves_draw_what_was_logged(tmp_path):
     assert f"{run.records.valid.loss[-1, 2]:.3f}" in chart.alt
 
 
+def test_curves_go_on_where_an_exit_sits_out(tmp_path):
+    run = read(tmp_path / "run", num_exits=2, num_steps=6, valid_every=3)
+    loss, norms = run.records.train.loss.copy(), run.records.train.grad_norm.copy()
+    loss[[0, 2, 4], 0] = loss[[1, 3], 1] = np.nan
+    norms[[0, 2, 4], 0] = norms[[1, 3], 1] = 0.0
+    run = with_records(run, "train", loss=loss, grad_norm=norms)
+    for chart, values in ((learning_curves(run), loss), (gradient_norms(run), norms)):
+        first, second = lines(chart)[:2]
+        assert first.get_xdata().tolist() == [2, 4, 6]
+        np.testing.assert_array_equal(first.get_ydata(), values[[1, 3, 5], 0])
+        assert second.get_xdata().tolist() == [1, 3, 5, 6]
+        np.testing.assert_array_equal(second.get_ydata(), values[[0, 2, 4, 5], 1])
+    shared = lines(gradient_norms(run))[2]
+    np.testing.assert_array_equal(shared.get_ydata(), norms[:, 2])
+
+
+def test_exits_with_blocks_of_their_own_are_inside_of_the_axis(tmp_path):
+    early = [{**point, "average_blocks": 4.5 + index} for index, point in enumerate(EVALUATION["early"])]
+    run = read(tmp_path / "run", num_exits=2)
+    write_json(run.path / "eval.json", {**EVALUATION, "early": early})
+    chart = early_exit_loss(read_run(run.path))
+    assert chart.figure.axes[0].get_xlim()[1] > 5.5
+
+
 EVALUATION = {
     "format": 1,
     "data": "stdlib",

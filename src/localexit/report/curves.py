@@ -30,6 +30,22 @@ def binned(x: Ints, values: Floats, *, reduce: Literal["mean", "max"], limit: in
     return last_x, np.where(num_finite > 0, sums / np.maximum(num_finite, 1), np.nan)
 
 
+def binned_columns(
+    x: Ints, values: Floats, *, reduce: Literal["mean", "max"], limit: int = MAX_POINTS
+) -> list[tuple[Ints, Floats]]:
+    """`binned` for each column of values [T, C] by itself, without the records where it has no number and others have.
+
+    An exit that sits a step out has no loss there: its curve goes on with the next one. A record without any number and
+    an infinity stay gaps.
+    """
+    is_missing = np.isnan(values) & ~np.isnan(values).all(axis=1, keepdims=True)
+    short = [
+        binned(x[~missing], column[~missing, None], reduce=reduce, limit=limit)
+        for column, missing in zip(values.T, is_missing.T, strict=True)
+    ]
+    return [(short_x, column[:, 0]) for short_x, column in short]
+
+
 def thinned(x: Ints, values: Floats, *, limit: int = MAX_POINTS) -> tuple[Ints, Floats]:
     """Keep at most `limit` evenly spaced records of x [T], values [T, C], the first and the last included."""
     kept = np.unique(np.linspace(0, len(x) - 1, min(limit, len(x))).round().astype(np.int64))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .curves import binned, gapped, thinned
+from .curves import binned, binned_columns, gapped, thinned
 from .drawing import (
     SMALL,
     WIDE,
@@ -27,7 +27,7 @@ from .drawing import (
     scale_steps,
     uniform_loss,
 )
-from .records import Floats, ValidRecords
+from .records import Floats, TrainRecords, ValidRecords
 from .runs import Run
 from .summary import are_losses_comparable, totals
 from .text import compact, count, number
@@ -62,12 +62,13 @@ def learning_curves(run: Run) -> Chart | None:
     """Training (faint) and validation (strong) loss of every exit over the steps."""
     colors = exit_colors(run.num_exits)
     last = run.num_exits - 1
-    train_x, train_y = binned(run.records.train.step, run.records.train.loss, reduce="mean")
     valid_x, valid_y = thinned(run.records.valid.step, run.records.valid.loss)
     has_valid = bool(np.isfinite(valid_y).any())
     train = [
-        Curve(x=train_x, y=y, color=color, width=0.8, opacity=0.3, label="" if has_valid else f"exit {index}")
-        for index, (y, color) in enumerate(zip(train_y.T, colors, strict=False))
+        Curve(x=x, y=y, color=color, width=0.8, opacity=0.3, label="" if has_valid else f"exit {index}")
+        for index, ((x, y), color) in enumerate(
+            zip(binned_columns(run.records.train.step, run.records.train.loss, reduce="mean"), colors, strict=False)
+        )
     ]
     valid = [
         Curve(x=valid_x, y=y, color=color, width=2.4 if index == last else 1.3, label=f"exit {index}")
@@ -200,14 +201,15 @@ def gradient_cosines(run: Run) -> Chart | None:
 @figure_style()
 def gradient_norms(run: Run) -> Chart | None:
     """Gradient norm of every unit and of the shared parameters, before clipping."""
-    x, norms = binned(run.records.train.step, run.records.train.grad_norm, reduce="max", limit=_SMALL_POINTS)
-    num_units = norms.shape[1] - 1
+    norms = _norms_of_trained(run.records.train)
+    columns = binned_columns(run.records.train.step, norms, reduce="max", limit=_SMALL_POINTS)
+    num_units = len(columns) - 1
     colors = exit_colors(max(num_units, 0))
     curves = [
         Curve(x=x, y=y, color=color, width=1.0, label=f"unit {index}")
-        for index, (y, color) in enumerate(zip(norms.T, colors, strict=False))
+        for index, ((x, y), color) in enumerate(zip(columns, colors, strict=False))
     ]
-    curves += [Curve(x=x, y=y, color=MUTED, width=1.0, label="shared", dash=(0, (3, 1.5))) for y in norms.T[-1:]]
+    curves += [Curve(x=x, y=y, color=MUTED, width=1.0, label="shared", dash=(0, (3, 1.5))) for x, y in columns[-1:]]
     if not has_numbers(curves):
         return None
     figure, axes = canvas(*SMALL, right=0.85)
@@ -307,6 +309,15 @@ def _single(run: Run, values: Floats, *, name: str, title: str) -> Chart | None:
         caption="Averaged where records are many.",
         alt=f"Line chart of {title.lower()} over the steps, at most {compact(float(np.nanmax(means)))}.",
     )
+
+
+def _norms_of_trained(train: TrainRecords) -> Floats:
+    """Gradient norms [T, L + 1] with NaN, not zero, for the units whose exits have sat a step out."""
+    norms, has_loss = train.grad_norm.copy(), ~np.isnan(train.loss)
+    sits_out = ~has_loss & has_loss.any(axis=1, keepdims=True)
+    if norms.shape[1] == sits_out.shape[1] + 1:
+        norms[:, :-1][sits_out] = np.nan
+    return norms
 
 
 def _comparable(runs: Sequence[Run], run: Run) -> Floats:
