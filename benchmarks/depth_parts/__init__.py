@@ -1,0 +1,1 @@
+"""What `depth.py` measures: a file for each part, and what parts have in common."""
