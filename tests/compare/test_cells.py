@@ -46,6 +46,14 @@ def test_two_results_of_one_cell_are_refused(tmp_path: Path) -> None:
         file.add([cell("dense", 0, 3.5)])
 
 
+def test_cells_of_another_text_are_refused_before_they_are_kept(tmp_path: Path) -> None:
+    file = CellFile(tmp_path)
+    file.add([cell("dense", 0, 3.0)])
+    with pytest.raises(ValueError, match="expected one text for all"):
+        file.add([cell("dense", 1, 3.0, corpus={"sha256": "0" * 64, "name": "packages"})])
+    assert len(file.cells) == len(read_cells(tmp_path)) == 1
+
+
 def test_what_is_no_cell_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_text('{"format": 0}\n')
     with pytest.raises(ValueError, match="expected a cell"):

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from compare.made_up import BASE, cell
-from localexit.compare.results import best_settings, groups, text_warning
+from localexit.compare.results import best_settings, groups, ladder
 from localexit.compare.table import group_table
 
 CELLS = [
@@ -49,9 +49,13 @@ def test_budgets_and_models_are_apart() -> None:
     assert found[1].rows[0].to_exact is None
 
 
-def test_other_texts_are_told() -> None:
-    assert text_warning(CELLS) is None
-    assert "2 different texts" in str(text_warning([*CELLS, cell("dense", 9, 3.0, corpus={"sha256": "0"})]))
+def test_cells_of_different_texts_are_never_paired() -> None:
+    """Neither with another method of the same model nor with another width of the same method."""
+    other = cell("backprop", 0, 3.0, corpus={"sha256": "0" * 64, "name": "packages"})
+    with pytest.raises(ValueError, match=r"got packages \(sha256 000000000000\), stdlib \(sha256 5f5f5f5f5f5f\)"):
+        groups([cell("transport", 0, 3.0), other])
+    with pytest.raises(ValueError, match="expected one text for all"):
+        ladder([cell("backprop", 0, 3.0, config=replace(BASE, model="tiny")), other])
 
 
 def test_the_table_shows_what_is_resolved() -> None:
@@ -76,5 +80,6 @@ def test_best_settings_of_a_sweep() -> None:
         cell("dense@lr=0.2", 1, 3.1),
         cell("dense@lr=0.4", 0, 1.0, status="diverged"),
         cell("transport", 0, 2.0),
+        cell("dense@unembedding_init=codes,lr=0.1", 0, 2.5),
     ]
-    assert best_settings(cells) == {"dense": {"lr": 0.2}}
+    assert best_settings(cells) == {"dense": {"lr": 0.2}, "dense@unembedding_init=codes": {"lr": 0.1}}

@@ -12,7 +12,7 @@ import pytest
 from localexit import cli
 from localexit.compare.cells import CellFile
 from localexit.compare.methods import Method, method_names
-from localexit.compare.plans import PLANS, Job, jobs, tuned_values
+from localexit.compare.plans import CODES, PLANS, Job, jobs, tuned_values
 from localexit.compare.runner import missing_jobs, run_jobs
 from localexit.compare.training import OutOfTimeError, run_cell
 from localexit.train.config import TrainConfig
@@ -83,6 +83,15 @@ def test_only_what_is_missing_is_trained(base: TrainConfig, tmp_path: Path) -> N
     assert [line.split()[1] for line in lines] == ["dense", "transport"]
 
 
+def test_another_text_than_that_of_the_cells_is_refused_before_training(base: TrainConfig, tmp_path: Path) -> None:
+    cells = CellFile(tmp_path)
+    run_jobs([job(base, "dense")], cells, say=print)
+    other = replace(base, data=str(write_corpus(tmp_path / "other", seed=1)))
+    with pytest.raises(ValueError, match="expected the text that the other cells were trained on"):
+        run_jobs([job(other, "dense", seed=1)], cells, say=print)
+    run_jobs([job(base, "dense", seed=1)], cells, say=print)
+
+
 def test_other_settings_than_those_of_a_cell_are_refused(base: TrainConfig, tmp_path: Path) -> None:
     cells = CellFile(tmp_path)
     run_jobs([job(base, "dense")], cells, say=print)
@@ -145,7 +154,8 @@ def test_every_rule_and_control_is_in_a_plan_of_each_size() -> None:
 def test_tuned_values_name_methods_and_settings() -> None:
     for setting in ("b0", "b1"):
         for name, settings in tuned_values(setting).items():
-            Method(name=name, settings=tuple(settings.items()))
+            method = Method.parse(name)
+            replace(method, settings=(*method.settings, *settings.items()))
 
 
 def test_tuned_values_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +170,25 @@ def test_tuned_values_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
         "small-768": pytest.approx(0.125 * 512 / 768),
         "small-1024": 0.0625,
     }
+
+
+def test_values_of_a_method_as_written_win_over_those_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = {"dense": {"lr": 0.125}, "dense:rank=512@unembedding_init=codes": {"lr": 0.25, "unembedding_std": 0.5}}
+    monkeypatch.setattr("localexit.compare.plans.tuned_values", lambda _setting: tuned)
+    found = {one.method: one.config for one in jobs(PLANS["b1"], methods=("dense:rank=512", CODES), seeds=(0,))}
+    assert (found["dense:rank=512"].lr, found["dense:rank=512"].unembedding_std) == (0.125, 0.02)
+    assert (found[CODES].lr, found[CODES].unembedding_std) == (0.25, 0.5)
+
+
+def test_the_sweep_of_b1_is_of_every_method() -> None:
+    assert {Method.parse(one.method).name for one in jobs(PLANS["b1-sweep"])} == set(method_names())
+
+
+def test_codes_are_swept_with_w_starting_as_them() -> None:
+    found = [one.config for one in jobs(PLANS["b1-codes"])]
+    assert {config.unembedding_init for config in found} == {"codes"}
+    grid = {(config.lr, config.unembedding_std) for config in found}
+    assert grid == {(lr, std) for lr in (1e-3, 2e-3, 4e-3) for std in (0.02, 0.05, 0.1, 0.2)}
 
 
 def test_another_text_takes_the_place_of_the_plans_own() -> None:

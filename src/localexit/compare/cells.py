@@ -147,8 +147,10 @@ class CellFile:
         """Keep further cells; on disk when this returns.
 
         Raises:
-            ValueError: another result for the same key is there already.
+            ValueError: another result for the same key is there already, or a cell was trained on another text.
         """
+        cells = tuple(cells)
+        check_one_text([*self._cells.values(), *cells])
         for cell in cells:
             known = self._cells.get(cell.key)
             if known is not None and known != cell:
@@ -175,6 +177,20 @@ def read_cells(path: Path) -> list[Cell]:
             f"cells: expected a {FILE_NAME} that `localexit compare` wrote, got {str(path)!r}: {error}"
         ) from error
     return [Cell.from_json(line) for line in lines]
+
+
+def check_one_text(cells: Sequence[Cell]) -> None:
+    """Refuse cells of different texts: their losses say nothing about each other.
+
+    Raises:
+        ValueError: there are such cells.
+    """
+    texts = sorted({f"{cell.corpus['name']} (sha256 {cell.corpus['sha256'][:12]})" for cell in cells})
+    if len(texts) > 1:
+        raise ValueError(
+            f"cells: expected one text for all, got {', '.join(texts)}; keep the cells of each text in a folder of "
+            f"their own (Python's standard library is another text in every version)"
+        )
 
 
 def check_one_setting(cells: Sequence[Cell]) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from localexit.compare.cells import CellFile, read_cells
 from localexit.compare.page import write_page
 from localexit.compare.plans import Job
-from localexit.compare.results import best_settings, groups, text_warning
+from localexit.compare.results import best_settings, groups
 from localexit.compare.runner import missing_jobs, run_jobs
 from localexit.compare.table import group_table
 
@@ -39,7 +39,7 @@ class Comparison:
         """Train what is missing and print the tables; how many cells are still missing.
 
         Raises:
-            ValueError: cells cannot be read, or were trained with other settings.
+            ValueError: cells cannot be read, or were trained with other settings or on another text.
         """
         cells = CellFile(self.output)
         if self.merge:
@@ -60,9 +60,6 @@ class Comparison:
             )
         for group in groups(cells.cells):
             console.print(group_table(group))
-        warning = text_warning(cells.cells)
-        if warning is not None:
-            say(f"not comparable: {warning}")
         for name, settings in best_settings(cells.cells).items():
             say(f"best settings of {name}: {settings}")
         say(f"page: {write_page(cells.cells, self.output)}")

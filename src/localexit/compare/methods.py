@@ -118,6 +118,23 @@ class Method:
         """Whether every unit learns from its own exit, and from a feedback that may be judged there."""
         return self.name not in CONTROLS
 
+    def apart(self) -> tuple[Method, dict[str, float]]:
+        """The method without its settings that are numbers, and those: what a sweep varies.
+
+        Settings that are names make another method.
+
+        >>> method, numbers = Method.parse("dense@unembedding_init=codes,lr=0.002").apart()
+        >>> str(method), numbers
+        ('dense@unembedding_init=codes', {'lr': 0.002})
+        """
+        numbers = {
+            key: value
+            for key, value in self.settings
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        names = tuple((key, value) for key, value in self.settings if key not in numbers)
+        return replace(self, settings=names), numbers
+
     def config(self, base: TrainConfig, tuned: Mapping[str, Any]) -> TrainConfig:
         """The configuration of a run: the base, what makes the control, tuned values, the method's own settings."""
         control = CONTROLS.get(self.name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from localexit.compare.cells import Cell
 from localexit.compare.charts import group_charts, ladder_chart, styles_of
-from localexit.compare.results import Group, Row, best_settings, groups, ladder, text_warning
+from localexit.compare.results import Group, Row, best_settings, groups, ladder
 from localexit.compare.table import difference, seeds
 from localexit.report.drawing import Chart
 from localexit.report.page import environment, replace_file
@@ -65,7 +65,7 @@ def write_page(cells: Sequence[Cell], folder: Path) -> Path:
         The page's path.
 
     Raises:
-        ValueError: cells of one row were trained with different settings.
+        ValueError: cells were trained on different texts, or those of one row with different settings.
     """
     views = [_group_view(group) for group in groups(cells)]
     found = ladder(cells)
@@ -76,7 +76,6 @@ def write_page(cells: Sequence[Cell], folder: Path) -> Path:
         .render(
             groups=views,
             ladder=ladder_charts,
-            warning=text_warning(cells),
             best=best_settings(cells),
             num_cells=len(cells),
             settings=_settings(cells),

@@ -15,7 +15,7 @@ from localexit.train.config import TrainConfig
 from localexit.train.presets import PRESETS
 
 TUNED_FILE = "tuned.json"
-PlanName = Literal["b0", "b0-all", "b0-sweep", "b1", "b1-sweep", "b2"]
+PlanName = Literal["b0", "b0-all", "b0-sweep", "b1", "b1-sweep", "b1-codes", "b2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,7 @@ class Job:
         config: of the run.
         diagnose_steps: after which the feedback is compared with the exact gradient.
         diagnose_tokens: over how many tokens.
+        text: sha256 of the text that it has to be trained on; any when None.
         commit: of the sources, where git cannot be asked.
     """
 
@@ -80,6 +81,7 @@ class Job:
     config: TrainConfig
     diagnose_steps: tuple[int, ...] = ()
     diagnose_tokens: int = DIAGNOSE_TOKENS
+    text: str | None = None
     commit: str | None = None
 
     @property
@@ -91,7 +93,17 @@ class Job:
 # M = D/4 in both sizes.
 SMALL_ANCHORS, LARGE_ANCHORS = "anchors:num_anchors=32", "anchors:num_anchors=128"
 MAIN = (EXACT, BACKPROP, "mirror", "mirror_sampled", SMALL_ANCHORS, "dense")
-LARGE_MAIN = (EXACT, BACKPROP, "mirror_sampled", LARGE_ANCHORS)
+LARGE_MAIN = (EXACT, BACKPROP, "mirror_sampled", "anchors_sampled", LARGE_ANCHORS)
+# W starts as what the codes stand for.
+CODES = "dense:rank=512@unembedding_init=codes"
+# What exits are and where, with the exact gradient: how far local exits are from end-to-end backprop.
+STRUCTURES = tuple(
+    f"{EXACT}@{settings}"
+    for settings in (
+        *("exits=every:2", "exits=every:3", "exit_body=mlp", "exit_body=block", "exits=every:3,exit_body=mlp"),
+        *("exit_weights=0.1/0.1/0.1/0.1/0.1/1", "exit_weights=0.5/0.6/0.7/0.8/0.9/1"),
+    )
+)
 _IN_MAIN = {Method.parse(text).name for text in MAIN}
 OTHER_RULES = tuple(name for name in feedback_names() if name not in _IN_MAIN)
 OTHER_CONTROLS = tuple(name for name in CONTROLS if name not in _IN_MAIN)
@@ -121,8 +133,16 @@ _B1 = TrainConfig(
 
 def _swept(methods: Sequence[str], learning_rates: Sequence[float], stds: Sequence[float]) -> tuple[str, ...]:
     return tuple(
-        f"{method}@lr={lr:g},unembedding_std={std:g}" for std in stds for lr in learning_rates for method in methods
+        f"{method}{',' if '@' in method else '@'}lr={lr:g},unembedding_std={std:g}"
+        for std in stds
+        for lr in learning_rates
+        for method in methods
     )
+
+
+def _large(name: str) -> str:
+    """A rule or control as it is used with B1's width: M = D/4, codes of full rank."""
+    return {"anchors": LARGE_ANCHORS, "dense": "dense:rank=512"}.get(name, name)
 
 
 def _ladder_stage(model: str) -> Stage:
@@ -169,11 +189,11 @@ PLANS: dict[PlanName, Plan] = {
             Stage(config=_B1, methods=LARGE_MAIN, seeds=(0, 1, 2), budgets=(400, 1600)),
             Stage(
                 config=_B1,
-                methods=("mirror", "dense:rank=512", *OTHER_RULES, *OTHER_CONTROLS, "transport@exits=every:3"),
+                methods=("mirror", "dense:rank=512", CODES, *OTHER_RULES, *OTHER_CONTROLS, *STRUCTURES),
                 seeds=(0,),
                 budgets=(400,),
             ),
-            Stage(config=_B1, methods=(EXACT, "mirror_sampled", LARGE_ANCHORS), seeds=(0,), budgets=(6400,)),
+            Stage(config=_B1, methods=(EXACT, "mirror_sampled", "anchors_sampled"), seeds=(0,), budgets=(6400,)),
         ),
         num_validations=8,
         diagnose_at=(0.1, 0.5, 1.0),
@@ -181,11 +201,23 @@ PLANS: dict[PlanName, Plan] = {
         tuned="b1",
     ),
     "b1-sweep": Plan(
-        meaning="the setting of b1: learning rates and sizes of W for the main methods",
+        meaning="the setting of b1: learning rates and sizes of W for every method",
         stages=(
             Stage(
                 config=_B1,
-                methods=_swept((*LARGE_MAIN, "dense"), (5e-4, 1e-3, 2e-3, 4e-3), (0.02, 0.06)),
+                methods=_swept(tuple(map(_large, method_names())), (5e-4, 1e-3, 2e-3, 4e-3), (0.02, 0.06)),
+                seeds=(0,),
+                budgets=(400,),
+            ),
+        ),
+        num_validations=1,
+    ),
+    "b1-codes": Plan(
+        meaning="the setting of b1: learning rates and sizes of W for codes that W starts as",
+        stages=(
+            Stage(
+                config=_B1,
+                methods=_swept((CODES,), (1e-3, 2e-3, 4e-3), (0.02, 0.05, 0.1, 0.2)),
                 seeds=(0,),
                 budgets=(400,),
             ),
@@ -240,7 +272,8 @@ def jobs(
 def _job(plan: Plan, stage: Stage, method: Method, *, seed: int, steps: int) -> Job:
     every = max(1, steps // plan.num_validations)
     base = replace(stage.config, seed=seed, steps=steps, eval_every=every)
-    tuned = dict(tuned_values(plan.tuned).get(method.name, {})) if plan.tuned else {}
+    values = tuned_values(plan.tuned) if plan.tuned else {}
+    tuned = dict(values.get(str(method), values.get(method.name, {})))
     tuned["lr"] = tuned.get("lr", base.lr) * stage.lr_factor
     is_diagnosed = seed in plan.diagnose_seeds and method.is_local
     return Job(
@@ -252,6 +285,9 @@ def _job(plan: Plan, stage: Stage, method: Method, *, seed: int, steps: int) -> 
 
 
 def tuned_values(setting: str) -> Mapping[str, Mapping[str, Any]]:
-    """The committed learning rates and sizes of W of a setting, by method; a sweep finds them again."""
+    """The committed learning rates and sizes of W of a setting; a sweep finds them again.
+
+    By method as it is written, or by its name for all that are not.
+    """
     text = files("localexit.compare").joinpath(TUNED_FILE).read_text(encoding="utf-8")
     return json.loads(text)[setting]

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from localexit.compare.cells import Cell, check_one_setting
+from localexit.compare.cells import Cell, check_one_setting, check_one_text
 from localexit.compare.methods import BACKPROP, EXACT, Method
 from localexit.compare.statistics import Estimate, log_slope, mean_estimate, paired_difference
 
@@ -107,24 +107,14 @@ def groups(cells: Sequence[Cell]) -> tuple[Group, ...]:
     """The cells' rows, by model and budget.
 
     Raises:
-        ValueError: cells of one row were trained with different settings.
+        ValueError: cells were trained on different texts, or those of one row with different settings.
     """
+    check_one_text(cells)
     check_one_setting(cells)
     names = dict.fromkeys((cell.key.model, cell.key.steps) for cell in cells)
     return tuple(
         _group(model, steps, [cell for cell in cells if (cell.key.model, cell.key.steps) == (model, steps)])
         for model, steps in names
-    )
-
-
-def text_warning(cells: Sequence[Cell]) -> str | None:
-    """What makes cells incomparable that settings do not show: that they were trained on other texts."""
-    num_texts = len({cell.corpus["sha256"] for cell in cells})
-    if num_texts <= 1:
-        return None
-    return (
-        f"the cells were trained on {num_texts} different texts; Python's standard library differs between versions, "
-        f"so compare losses of one machine only"
     )
 
 
@@ -158,7 +148,12 @@ def _last_losses(cells: Sequence[Cell], method: str) -> dict[int, float]:
 
 
 def ladder(cells: Sequence[Cell]) -> Ladder | None:
-    """The size ladder in some cells; None where no method was trained on several models."""
+    """The size ladder in some cells; None where no method was trained on several models.
+
+    Raises:
+        ValueError: cells were trained on different texts, or those of one method and model with different settings.
+    """
+    check_one_text(cells)
     points, slopes = {}, {}
     for method in dict.fromkeys(cell.method for cell in cells):
         mine = [cell for cell in cells if cell.method == method and cell.status == "finished"]
@@ -175,13 +170,18 @@ def _training_flops(cell: Cell) -> float:
 
 
 def best_settings(cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
-    """From the cells of a sweep: per method the settings with the lowest loss at the last exit, averaged over seeds."""
+    """From the cells of a sweep: per method the settings with the lowest loss at the last exit, averaged over seeds.
+
+    Settings that are numbers are what was swept; with those that are names (`unembedding_init=codes`) it is another
+    method.
+    """
     losses: dict[str, list[float]] = {}
     for cell in cells:
         losses.setdefault(cell.method, []).append(cell.loss[-1] if cell.status == "finished" else float("inf"))
     best: dict[str, tuple[float, dict[str, float]]] = {}
     for text, values in losses.items():
-        method, loss = Method.parse(text), statistics.fmean(values)
-        if method.settings and loss < best.get(method.name, (float("inf"), {}))[0]:
-            best[method.name] = loss, dict(method.settings)
+        method, numbers = Method.parse(text).apart()
+        loss = statistics.fmean(values)
+        if numbers and loss < best.get(str(method), (float("inf"), {}))[0]:
+            best[str(method)] = loss, numbers
     return {name: settings for name, (_, settings) in best.items()}

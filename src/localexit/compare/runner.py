@@ -7,6 +7,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
 
 from localexit.compare.cells import Cell, CellFile, differing_settings
 from localexit.compare.plans import Job
@@ -53,8 +54,13 @@ def run_jobs(
 
     Returns:
         How many were not finished.
+
+    Raises:
+        ValueError: text, model or rule do not fit a job, or the text is not that of the cells that are there.
     """
     deadline = time.time() + max_seconds
+    if cells.cells:
+        jobs = [replace(job, text=cells.cells[0].corpus["sha256"]) for job in jobs]
     num_done = 0
     clock = _Clock(deadline, cells.cells)
     for cell in _cells(jobs, clock, num_processes):

@@ -54,7 +54,7 @@ def run_cell(job: Job, *, deadline: float = math.inf) -> Cell:
 
     Raises:
         OutOfTimeError: the deadline came first.
-        ValueError: text, model or rule do not fit the configuration.
+        ValueError: text, model or rule do not fit the configuration, or the text is not the one wanted.
     """
     start, load_before = time.time(), _load_average()
     config = job.config
@@ -64,6 +64,12 @@ def run_cell(job: Job, *, deadline: float = math.inf) -> Cell:
     data = _data(
         TrainConfig(data=config.data, model=config.model, vocab_size=config.vocab_size, context=config.context)
     )
+    if job.text is not None and job.text != data.record["sha256"]:
+        raise ValueError(
+            f"data: expected the text that the other cells were trained on, sha256 {job.text[:12]}, got "
+            f"{data.record['name']} with {data.record['sha256'][:12]}; pass another --output, or that text as --data "
+            f"(Python's standard library is another text in every version)"
+        )
     with warnings.catch_warnings():
         # A comparison shows what comes of it.
         warnings.filterwarnings("ignore", message="feedback 'parallel", category=UserWarning)
