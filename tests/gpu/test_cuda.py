@@ -27,6 +27,7 @@ from localexit import (
     make_feedback,
 )
 from localexit.exits.functional import WeightGrad
+from localexit.exits.loss import LossOptions
 from localexit.exits.reference import reference_exit
 from localexit.feedback import RULES, rows
 
@@ -134,6 +135,53 @@ def test_bf16_within_budget(backend: str, name: str) -> None:
     if "sampled" not in name and name not in ("hybrid", "parallel_topmass"):
         # Where a rounded logit decides what is picked, single tokens may differ.
         assert relative(feedback, expected.feedback) < 0.05
+
+
+@pytest.mark.parametrize("spread", [1.0, 8.0, 80.0])
+@pytest.mark.parametrize(("num_tokens", "width", "vocab_size"), [(5, 8, 8), (300, 72, 1000), (1000, 768, 4104)])
+def test_the_product_with_exponentials_equals_two_kernels(
+    num_tokens: int, width: int, vocab_size: int, spread: float
+) -> None:
+    from localexit.kernels.launch import error_pass, product_pass
+
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(num_tokens, width, generator=generator).bfloat16().cuda()
+    weight = (torch.randn(vocab_size, width, generator=generator) * spread / width**0.5).bfloat16().cuda()
+    target = torch.randint(vocab_size, (num_tokens,), generator=generator).cuda()
+    options = LossOptions(z_loss=1e-3)
+    # In fp32, what the products of two bf16 numbers sum to.
+    expected_values = hidden.float() @ weight.float().T
+    expected = error_pass(expected_values, target, options, bias=None, need_groups=True)
+    values = torch.full((num_tokens, vocab_size), torch.nan, device="cuda", dtype=torch.bfloat16)
+    got = product_pass(hidden, weight, target, options, out=values, need_groups=True)
+    error, expected_error = (v.float() * r.scale[:, None] for v, r in ((values, got), (expected_values, expected)))
+    # Half a unit of bf16; where the row was redone, that of a logit so far from gold.
+    assert (error - expected_error).abs().max() < (0.2 if spread > 60 else 0.006) * expected_error.abs().max()
+    assert torch.allclose(got.log_prob, expected.log_prob, rtol=1e-3 if spread > 60 else 1e-5, atol=1e-4)
+    assert torch.allclose(got.gold_logit, expected.gold_logit, rtol=1e-5, atol=1e-4)
+    if spread < 60:
+        assert torch.allclose(got.group_sum, expected.group_sum, rtol=1e-2, atol=1e-6)
+        assert torch.allclose(got.group_max, expected.group_max, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", KERNEL_RULES)
+def test_bf16_within_budget_without_bias(name: str) -> None:
+    """As `test_bf16_within_budget`, where the product takes the exponentials itself."""
+    case = make_case()
+    hidden, weight = case["hidden"].bfloat16(), case["weight"][:1000].bfloat16()
+    target = torch.where(case["target"] < 1000, case["target"], 3)
+    rule = make_feedback(name, HIDDEN, 1000, seed=3)
+    if isinstance(rule, WeightMirror):
+        rule.rows.normal_(generator=torch.Generator().manual_seed(5))
+    expected = reference_exit(hidden.float(), weight.float(), target, feedback=rule)
+    grad_weight = torch.zeros(1000, HIDDEN, device="cuda")
+    step = exit_step(
+        hidden.cuda(), weight.cuda(), target.cuda(), feedback=rule.cuda(), grad_weight=grad_weight, backend="triton"
+    )
+    assert relative(grad_weight, expected.weight_grad) < 1e-2
+    assert relative(step.loss, expected.loss) < 1e-4
+    if "sampled" not in name and name not in ("hybrid", "parallel_topmass"):
+        assert relative(step.feedback, expected.feedback) < 0.05
 
 
 @pytest.mark.parametrize(("backend", "name"), BACKENDS)

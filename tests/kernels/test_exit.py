@@ -14,6 +14,7 @@ from localexit.exits.chunked import PLAIN, Stages
 from localexit.exits.functional import WeightGrad, exit_step
 from localexit.exits.reference import reference_exit
 from localexit.feedback import RULES, Feedback, WeightMirror, make_feedback
+from localexit.kernels import stages
 from localexit.kernels.stages import TRITON
 
 # The interpreter computes with numpy, which warns of the infinities that the kernels rely on.
@@ -82,6 +83,34 @@ def test_exit_equals_the_oracle(name: str, options: dict[str, Any], chunk_rows: 
     assert step.stats is not None
     assert torch.equal(step.stats.argmax, expected.argmax)
     assert torch.allclose(step.stats.entropy.double(), expected.entropy, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk_rows", [2, 100])
+@pytest.mark.parametrize("name", RULE_NAMES)
+def test_with_the_product_in_the_kernel_it_equals_the_oracle(
+    name: str, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def take(weight: Tensor, *_: Any, **__: Any) -> bool:
+        taken.append(weight.shape)
+        return True
+
+    monkeypatch.setattr(stages, "takes_product", take)
+    hidden, weight, _, target, token_weight = make_case()
+    weight = weight[:296].contiguous()
+    target = torch.where(target < 296, target, 1)
+    rule = make_feedback(name, HIDDEN, 296, seed=3)
+    if isinstance(rule, WeightMirror):
+        rule.rows.normal_(generator=torch.Generator().manual_seed(5))
+    grad_weight = torch.zeros(296, HIDDEN)
+    options: dict[str, Any] = {"feedback": rule, "token_weight": token_weight, "z_loss": 1e-2}
+    step = exit_step(hidden, weight, target, grad_weight=grad_weight, chunk_bytes=chunk_rows * 296 * 4, **options)
+    expected = reference_exit(hidden, weight, target, **options)
+    assert taken
+    assert relative(step.loss, expected.loss) < 1e-5
+    assert relative(step.feedback, expected.feedback) < 1e-4
+    assert relative(grad_weight, expected.weight_grad) < 1e-5
 
 
 def test_poisoned_buffers_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

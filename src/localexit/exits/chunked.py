@@ -125,8 +125,10 @@ class Stages:
         name: the backend's name.
         logits: fills a buffer [n, V] with the logits of a chunk.
         loss_and_error: turns the buffer into the values of the error, see `exits.loss.loss_and_error`.
-        tile_error: the same for a tile of columns, when the gold token's logit and log-probability are known, see
-            `exits.loss.tile_error`.
+        fused_product: what does `logits` and `loss_and_error` at once, from hidden, weight in the compute dtype, target
+            and options; None where nothing does.
+        tile_error: as `loss_and_error` for a tile of columns, when the gold token's logit and log-probability are
+            known, see `exits.loss.tile_error`.
         add_weight_grad: adds the product with the hidden states to dW, or starts it.
         add_filtered_weight_grad: the same from the groups of entries that matter.
         view: makes the rule's view of the error from values, scale and what the rows yielded.
@@ -141,6 +143,7 @@ class Stages:
     name: str
     logits: Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
     loss_and_error: Callable[..., RowResult]
+    fused_product: Callable[[ExitCall, Tensor], Callable[..., RowResult] | None]
     tile_error: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, LossOptions, int, Tensor | None], None]
     add_weight_grad: Callable[[Tensor | None, Tensor, Tensor], Tensor]
     add_filtered_weight_grad: Callable[[Tensor | None, Tensor, Tensor, Tensor, RowResult], Tensor]
@@ -216,10 +219,15 @@ def _plain_value_dtype(call: LossCall) -> torch.dtype:
     return _sum_dtype(call)
 
 
+def _no_fused_product(call: ExitCall, weight: Tensor) -> None:
+    del call, weight
+
+
 PLAIN = Stages(
     name="torch",
     logits=plain_logits,
     loss_and_error=loss_and_error,
+    fused_product=_no_fused_product,
     tile_error=tile_error,
     add_weight_grad=add_weight_grad,
     add_filtered_weight_grad=add_filtered_weight_grad,
@@ -309,6 +317,7 @@ class _Loop:
         self.scale = torch.where(self.is_counted, call.row_weight, 0).to(self.sum_dtype)
         self.weight = call.weight.to(call.compute_dtype)
         self.bias = None if call.bias is None else call.bias.to(self.sum_dtype)
+        self.fused_product = stages.fused_product(call, self.weight)
         self.chunks = _chunks(call, stages)
         self.weight_grad = self._weight_accumulator(weight_grad)
         self.bias_grad = self._accumulator(bias_grad, (vocab_size,), call.need_bias)
@@ -353,7 +362,7 @@ class _Loop:
         if rows is None:
             return self.call.rule.prepare(None, self.value_dtype)
         hidden, is_counted = self._clean_hidden(rows), self.is_counted[rows]
-        if len(self.chunks) > 1 or logits.dtype != self.sum_dtype:
+        if len(self.chunks) > 1 or logits.dtype != self.sum_dtype or self.fused_product is not None:
             return self.call.rule.prepare(measure(hidden, self.weight, is_counted), self.value_dtype)
         measured = logits[rows]
         if self.bias is not None and self.stages.has_bias:
@@ -365,20 +374,27 @@ class _Loop:
         call = self.call
         hidden = self._clean_hidden(rows)
         logits = self.buffer[: rows.stop - rows.start]
-        self.stages.logits(hidden, self.weight, self.bias, logits)
+        need_groups = (call.need_hidden and call.rule.selects) or (call.need_weight and call.is_filtered)
+        if self.fused_product is None:
+            self.stages.logits(hidden, self.weight, self.bias, logits)
         if call.need_hidden and self.prepared is None:
             self.prepared = self._prepare(logits)
-        result = self.stages.loss_and_error(
-            logits,
-            self.target[rows],
-            call.options,
-            bias=self.bias,
-            need_error=call.need_error,
-            need_logits=call.need_hidden and call.rule.needs_logits,
-            need_groups=(call.need_hidden and call.rule.selects) or (call.need_weight and call.is_filtered),
-            need_stats=call.need_stats,
-            scratch=self.scratch,
-        )
+        if self.fused_product is not None:
+            result = self.fused_product(
+                hidden, self.weight, self.target[rows], call.options, out=logits, need_groups=need_groups
+            )
+        else:
+            result = self.stages.loss_and_error(
+                logits,
+                self.target[rows],
+                call.options,
+                bias=self.bias,
+                need_error=call.need_error,
+                need_logits=call.need_hidden and call.rule.needs_logits,
+                need_groups=need_groups,
+                need_stats=call.need_stats,
+                scratch=self.scratch,
+            )
         self.scratch = result.raw
         self._keep_rows(rows, result)
         if call.need_error:

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from localexit.exits.loss import LossOptions
 from localexit.feedback.groups import GROUP
 from localexit.kernels.filtered import list_rows_kernel, listed_weight_grad_kernel
+from localexit.kernels.product import finish_kernel, gold_logit_kernel, product_kernel
 from localexit.kernels.rows import error_kernel, repair_kernel, scale_kernel, tile_error_kernel
 from localexit.kernels.select import select_kernel, weighted_rows_kernel
 
-# Rows a program of the tiles' error.
+# Rows a program of the tiles' error, and of the end of `product_pass`.
 _TILE_ROWS = 4
+_FINISH_ROWS = 4
+# The widest hidden for which `product_pass` is faster than cuBLAS and a pass of its own.
+_MOST_WIDTH = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tile:
+    """Of `product_pass`: rows and columns of logits a step, and how much of the width at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+
+
+_TILE = _Tile(rows=128, columns=2 * GROUP, depth=64)
 
 
 def error_launch(num_rows: int) -> tuple[int, int]:
@@ -59,24 +78,8 @@ def error_pass(
     """Turn logits [n, V] (without bias) into values in place."""
     num_rows, vocab_size = logits.shape
     num_groups = triton.cdiv(vocab_size, GROUP)
-
-    def rows(is_needed: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
-        return logits.new_empty(num_rows if is_needed else 0, dtype=dtype)
-
-    def table(width: int) -> Tensor:
-        return logits.new_empty((num_rows, width) if width else 0, dtype=torch.float32)
-
-    result = ErrorPass(
-        loss=rows(),
-        gold_logit=rows(),
-        log_prob=rows(),
-        scale=rows(),
-        argmax=rows(need_stats, torch.int64),
-        entropy=rows(need_stats),
-        group_max=table(num_groups if need_groups else 0),
-        group_sum=table(num_groups if need_groups else 0),
-    )
-    is_rare = rows(dtype=torch.int8)
+    result = _empty_pass(logits, need_stats=need_stats, need_groups=need_groups)
+    is_rare = logits.new_empty(num_rows, dtype=torch.int8)
     flags = {
         "SMOOTHING": options.label_smoothing > 0,
         "NEED_STATS": need_stats,
@@ -93,12 +96,99 @@ def error_pass(
         HAS_BIAS=bias is not None, SOFTCAP=options.softcap is not None,
         ROWS=rows_each, STAGES=stages, num_warps=4, **flags,
     )  # fmt: skip
+    _repair(logits, target, options, result, is_rare, flags)
+    return result
+
+
+def _empty_pass(logits: Tensor, *, need_stats: bool, need_groups: bool) -> ErrorPass:
+    num_rows, vocab_size = logits.shape
+
+    def rows(is_needed: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+        return logits.new_empty(num_rows if is_needed else 0, dtype=dtype)
+
+    def table() -> Tensor:
+        shape = (num_rows, triton.cdiv(vocab_size, GROUP)) if need_groups else (0,)
+        return logits.new_empty(shape, dtype=torch.float32)
+
+    return ErrorPass(
+        loss=rows(),
+        gold_logit=rows(),
+        log_prob=rows(),
+        scale=rows(),
+        argmax=rows(need_stats, torch.int64),
+        entropy=rows(need_stats),
+        group_max=table(),
+        group_sum=table(),
+    )
+
+
+def _repair(
+    values: Tensor, target: Tensor, options: LossOptions, result: ErrorPass, is_rare: Tensor, flags: dict[str, Any]
+) -> None:
+    """Redo the rows that overflowed, in place; `flags` are the kernel's."""
+    num_rows, vocab_size = values.shape
     repair_kernel[(num_rows,)](
-        logits, logits.stride(0), target, vocab_size, num_groups,
+        values, values.stride(0), target, vocab_size, triton.cdiv(vocab_size, GROUP),
         options.label_smoothing, options.z_loss,
         result.loss, result.log_prob, result.scale, result.gold_logit, is_rare, result.entropy,
         result.group_max, result.group_sum, num_warps=4, **flags,
     )  # fmt: skip
+
+
+def takes_product(weight: Tensor, options: LossOptions, *, bias: Tensor | None, need_stats: bool) -> bool:
+    """Whether `product_pass` computes with this unembedding [V, D], and is the faster way.
+
+    It was measured on an H100 (see docs/performance.md), and its tiles are made for that GPU's memory.
+    """
+    vocab_size, width = weight.shape
+    is_plain = bias is None and options.softcap is None and not options.label_smoothing and not need_stats
+    # Rows of what is read and written as tiles begin at multiples of 16 bytes.
+    is_aligned = width % 8 == 0 and vocab_size % 8 == 0 and weight.is_contiguous() and weight.data_ptr() % 16 == 0
+    is_fast = weight.dtype == torch.bfloat16 and 0 < width <= _MOST_WIDTH
+    return is_plain and is_aligned and is_fast and (not weight.is_cuda or _is_hopper(weight.device))
+
+
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@lru_cache
+def _num_processors(device: torch.device) -> int:
+    # On the CPU, in the interpreter: enough to go through several tiles.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def product_pass(
+    hidden: Tensor, weight: Tensor, target: Tensor, options: LossOptions, *, out: Tensor, need_groups: bool = False
+) -> ErrorPass:
+    """As the product and `error_pass`, for what `takes_product`: the values of hidden [n, D] go to `out` [n, V]."""
+    hidden = hidden.contiguous()
+    (num_rows, width), vocab_size = hidden.shape, weight.shape[0]
+    num_tiles, num_groups = triton.cdiv(vocab_size, _TILE.columns), triton.cdiv(vocab_size, GROUP)
+    result = _empty_pass(out, need_stats=False, need_groups=need_groups)
+    is_rare = out.new_empty(num_rows, dtype=torch.int8)
+    tile_sum = out.new_empty(num_rows, num_tiles, dtype=torch.float32)
+    gold_logit_kernel[(num_rows,)](
+        hidden, weight, target, result.gold_logit, width, hidden.stride(0), weight.stride(0),
+        BLOCK=min(1024, triton.next_power_of_2(width)), num_warps=1,
+    )  # fmt: skip
+    num_programs = _num_processors(hidden.device)
+    product_kernel[(num_programs,)](
+        TensorDescriptor.from_tensor(hidden, [_TILE.rows, _TILE.depth]),
+        TensorDescriptor.from_tensor(weight, [_TILE.columns, _TILE.depth]),
+        TensorDescriptor.from_tensor(out, [_TILE.rows, _TILE.columns // 4]),
+        result.gold_logit, target, tile_sum, result.group_max, result.group_sum,
+        num_rows, vocab_size, num_tiles, num_groups,
+        WIDTH=width, NEED_GROUPS=need_groups, PROGRAMS=num_programs, SHARING=16,
+        ROWS=_TILE.rows, COLUMNS=_TILE.columns, DEPTH=_TILE.depth, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    finish_kernel[(triton.cdiv(num_rows, _FINISH_ROWS),)](
+        out, out.stride(0), target, result.gold_logit, tile_sum, num_rows, num_tiles, options.z_loss,
+        result.loss, result.log_prob, result.scale, is_rare, ROWS=_FINISH_ROWS, BLOCK=256, num_warps=4,
+    )  # fmt: skip
+    flags = {"SMOOTHING": False, "NEED_STATS": False, "NEED_GROUPS": need_groups, "GROUP": GROUP}
+    _repair(out, target, options, result, is_rare, flags)
     return result
 
 

@@ -54,6 +54,22 @@ def _expm1(x):
 
 
 @triton.jit
+def _row_end(others, z_gold, z_loss, smoothing, vocab_size):
+    """What follows from Σ y without gold: log Σ y, a, the loss but for the mean logit, gold's entry, ε s / (a V)."""
+    s = others + 1.0
+    log_s = _log1p(others)
+    row_lse = z_gold + log_s
+    a = 1 + 2 * z_loss * row_lse
+    # Never divided by zero: the shift changes no entry of the error by more than 1e-6.
+    a = tl.where(tl.abs(a) < 1e-6, 1e-6, a)
+    row_loss = log_s + z_loss * row_lse * row_lse
+    uniform = smoothing * s / (a * vocab_size)
+    # y_gold - (1-ε) s/a - ε s/(aV) with y_gold = s - others: no difference of rounded terms for confident targets.
+    gold_value = s * (a - 1 + smoothing) / a - others - uniform
+    return log_s, a, row_loss, gold_value, uniform
+
+
+@triton.jit
 def error_kernel(
     logits, stride, bias, target, num_rows, vocab_size, num_groups, smoothing, z_loss, softcap,
     loss, log_prob, scale, gold_logit, is_rare, argmax, entropy, group_max, group_sum,
@@ -104,16 +120,8 @@ def error_kernel(
             tl.store(group_sum + groups, tl.sum(magnitude, 1), mask=row_inside)
 
     others = tl.sum(rest, 1)
-    s = others + 1.0
-    log_s = _log1p(others)
-    row_lse = z_gold + log_s
-    a = 1 + 2 * z_loss * row_lse
-    # Never divided by zero: the shift changes no entry of the error by more than 1e-6.
-    a = tl.where(tl.abs(a) < 1e-6, 1e-6, a)
-    row_loss = log_s + z_loss * row_lse * row_lse
-    uniform = smoothing * s / (a * vocab_size)
-    # y_gold - (1-ε) s/a - ε s/(aV) with y_gold = s - others: no difference of rounded terms for confident targets.
-    gold_value = (s * (a - 1 + smoothing) / a - others - uniform) * slope_gold
+    log_s, a, row_loss, gold_value, uniform = _row_end(others, z_gold, z_loss, smoothing, vocab_size)
+    gold_value *= slope_gold
     # NaN compares false, and stays NaN.
     # No capped logit is further above gold than `triton_refusal` allows: only their sum may be, which fp32 holds.
     rare = others < 0 if SOFTCAP else others > _EXP_OVERFLOW
@@ -134,12 +142,12 @@ def error_kernel(
         row_loss = tl.where(rare, mean_depth, row_loss - smoothing * mean_depth)
     tl.store(loss + rows, row_loss, mask=row_inside)
     tl.store(log_prob + rows, -log_s, mask=row_inside)
-    tl.store(scale + rows, a / s, mask=row_inside)
+    tl.store(scale + rows, a / (others + 1), mask=row_inside)
     tl.store(gold_logit + rows, z_gold, mask=row_inside)
     tl.store(is_rare + rows, rare.to(tl.int8), mask=row_inside)
     if NEED_STATS:
         tl.store(argmax + rows, best_col.to(tl.int64), mask=row_inside)
-        tl.store(entropy + rows, log_s - tl.sum(slanted, 1) / s, mask=row_inside)
+        tl.store(entropy + rows, log_s - tl.sum(slanted, 1) / (others + 1), mask=row_inside)
 
 
 @triton.jit

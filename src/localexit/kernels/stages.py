@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from localexit.exits.chunked import FILTER_THRESHOLD, LossCall, Stages, add_weight_grad, call_rule, plain_logits
+from localexit.exits.chunked import (
+    FILTER_THRESHOLD,
+    ExitCall,
+    LossCall,
+    Stages,
+    add_weight_grad,
+    call_rule,
+    plain_logits,
+)
 from localexit.exits.loss import LossOptions, RowResult
 from localexit.feedback.base import Error
-from localexit.kernels.launch import add_listed_weight_grad, error_pass, scaled, select, tile_error, weighted_rows
+from localexit.kernels.launch import (
+    ErrorPass,
+    add_listed_weight_grad,
+    error_pass,
+    product_pass,
+    scaled,
+    select,
+    takes_product,
+    tile_error,
+    weighted_rows,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +83,10 @@ def fused_loss_and_error(
     """As `exits.loss.loss_and_error`, from logits without the bias, leaving `values` with the returned scale."""
     del need_error, scratch
     assert not need_logits, "`supported` refuses rules that read the logits"
-    result = error_pass(logits, target, options, bias=bias, need_stats=need_stats, need_groups=need_groups)
+    return _row_result(error_pass(logits, target, options, bias=bias, need_stats=need_stats, need_groups=need_groups))
+
+
+def _row_result(result: ErrorPass) -> GroupedRowResult:
     return GroupedRowResult(
         loss=result.loss,
         gold_logit=result.gold_logit,
@@ -75,6 +97,17 @@ def fused_loss_and_error(
         group_max=result.group_max,
         group_sum=result.group_sum,
     )
+
+
+def _fused_product(call: ExitCall, weight: Tensor) -> Callable[..., GroupedRowResult] | None:
+    is_taken = takes_product(weight, call.options, bias=call.bias, need_stats=call.need_stats)
+    return _product_and_error if is_taken else None
+
+
+def _product_and_error(
+    hidden: Tensor, weight: Tensor, target: Tensor, options: LossOptions, *, out: Tensor, need_groups: bool
+) -> GroupedRowResult:
+    return _row_result(product_pass(hidden, weight, target, options, out=out, need_groups=need_groups))
 
 
 def _logits_without_bias(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -105,6 +138,7 @@ TRITON = Stages(
     name="triton",
     logits=_logits_without_bias,
     loss_and_error=fused_loss_and_error,
+    fused_product=_fused_product,
     tile_error=tile_error,
     add_weight_grad=add_weight_grad,
     add_filtered_weight_grad=_add_filtered_weight_grad,

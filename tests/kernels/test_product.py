@@ -1,0 +1,92 @@
+"""The product that takes its exponentials itself, against the product and the pass of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from localexit.exits.loss import LossOptions, loss_and_error
+from localexit.feedback.groups import GROUP, reduce_groups
+from localexit.kernels.launch import product_pass, takes_product
+
+# The interpreter computes with numpy, which warns of the infinities that the kernels rely on.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+
+
+# The interpreter's dot knows no bf16, and it truncates to bf16: all is fp32 here, and bf16 in tests/gpu.
+def make_case(num_rows: int, width: int, vocab_size: int, spread: float) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(num_rows + vocab_size)
+    hidden = torch.randn(num_rows, width, generator=generator)
+    weight = torch.randn(vocab_size, width, generator=generator) * spread / width**0.5
+    return hidden, weight, torch.randint(vocab_size, (num_rows,), generator=generator)
+
+
+# 130 rows: more than a tile; 520 columns: three tiles, the last of less than a group. With a spread of 60 maxima are
+# far more than 60 above gold: repaired.
+@pytest.mark.parametrize("spread", [0.0, 1.0, 10.0, 60.0])
+@pytest.mark.parametrize(("num_rows", "width", "vocab_size"), [(3, 8, 8), (130, 72, 520), (5, 64, 256)])
+def test_it_equals_the_plain_step(num_rows: int, width: int, vocab_size: int, spread: float) -> None:
+    hidden, weight, target = make_case(num_rows, width, vocab_size, spread)
+    options = LossOptions(z_loss=1e-3)
+    expected_error = (hidden.double() @ weight.double().T).float()
+    expected = loss_and_error(expected_error, target, options)
+    values = torch.full((num_rows, vocab_size), torch.nan)
+    result = product_pass(hidden, weight, target, options, out=values, need_groups=True)
+    error = values * result.scale[:, None]
+    assert (error - expected_error).abs().max() <= 1e-5 * expected_error.abs().max()
+    assert torch.allclose(result.loss, expected.loss, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(result.log_prob, expected.log_prob, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(result.gold_logit, expected.gold_logit, rtol=1e-5, atol=1e-5)
+    without_gold = values.scatter(1, target[:, None], 0.0)
+    assert result.group_max.shape == (num_rows, -(-vocab_size // GROUP))
+    assert torch.equal(result.group_max, reduce_groups(without_gold, torch.amax))
+    assert torch.allclose(result.group_sum, reduce_groups(without_gold, torch.sum), rtol=1e-5)
+
+
+def test_a_confident_target_keeps_its_small_error() -> None:
+    """Gold at 1 - 1e-6: p - 1 in bf16 terms would be zero, or a rounding."""
+    hidden = torch.zeros(1, 16)
+    hidden[0, 0] = 1.0
+    weight = torch.zeros(304, 16)
+    weight[7, 0] = 19.5
+    target = torch.tensor([7])
+    values = torch.empty(1, 304)
+    result = product_pass(hidden, weight, target, LossOptions(), out=values)
+    others = 303 * torch.exp(torch.tensor(-19.5, dtype=torch.float64))
+    assert float(values[0, 7] * result.scale[0]) == pytest.approx(float(-others / (1 + others)), rel=1e-4)
+
+
+def test_a_common_offset_changes_nothing() -> None:
+    hidden, weight, target = make_case(4, 64, 256, 2.0)
+    hidden[:, 0], weight[:, 0] = 100.0, 0.0
+    shifted = weight.clone()
+    shifted[:, 0] = 100.0
+    results = []
+    for w in (weight, shifted):
+        values = torch.empty(4, 256)
+        result = product_pass(hidden, w, target, LossOptions(), out=values)
+        results.append((result.loss, values * result.scale[:, None]))
+    assert torch.allclose(results[0][0], results[1][0], atol=5e-3)
+    assert torch.allclose(results[0][1], results[1][1], atol=5e-3)
+
+
+def test_what_it_takes() -> None:
+    weight = torch.zeros(256, 64, dtype=torch.bfloat16)
+
+    def is_taken(
+        weight: Tensor = weight, bias: Tensor | None = None, need_stats: bool = False, **options: float
+    ) -> bool:
+        return takes_product(weight, LossOptions(**options), bias=bias, need_stats=need_stats)
+
+    assert is_taken()
+    assert is_taken(z_loss=0.1)
+    assert not is_taken(softcap=5.0)
+    assert not is_taken(label_smoothing=0.1)
+    assert not is_taken(bias=torch.zeros(256))
+    assert not is_taken(need_stats=True)
+    assert not is_taken(weight.float())
+    assert not is_taken(torch.zeros(64, 256, dtype=torch.bfloat16).T)
+    assert not is_taken(torch.zeros(257, 64, dtype=torch.bfloat16))
+    assert not is_taken(torch.zeros(256, 60, dtype=torch.bfloat16))
+    assert not is_taken(torch.zeros(8, 2**14, dtype=torch.bfloat16))
