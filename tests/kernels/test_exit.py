@@ -92,7 +92,7 @@ def test_with_the_product_in_the_kernel_it_equals_the_oracle(
 ) -> None:
     taken = []
 
-    def take(weight: Tensor, *_: Any, **__: Any) -> bool:
+    def take(weight: Tensor) -> bool:
         taken.append(weight.shape)
         return True
 
@@ -155,6 +155,16 @@ def test_the_memory_preset_equals_the_oracle(options: dict[str, Any], monkeypatc
     assert relative(step.feedback, expected.feedback) < 1e-4
     assert relative(grad_weight, expected.weight_grad) < 1e-5
     assert relative(grad_bias, expected.bias_grad) < 1e-5
+
+
+def test_the_memory_preset_with_the_product_in_the_kernel_equals_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "takes_product", lambda _: True)
+    monkeypatch.setitem(tiled.TILE_BYTES, "cpu", 128 * NUM_TOKENS * 4)
+    hidden, weight, _, target, token_weight = make_case()
+    grad_weight = torch.zeros(VOCAB, HIDDEN)
+    extra: dict[str, Any] = {"feedback": make_rule("anchors"), "token_weight": token_weight}
+    exit_step(hidden, weight, target, grad_weight=grad_weight, preset="memory", **extra)
+    assert relative(grad_weight, reference_exit(hidden, weight, target, **extra).weight_grad) < 1e-5
 
 
 @pytest.mark.parametrize("chunk_rows", [2, 100])

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from localexit.exits.loss import LossOptions, loss_and_error
+from localexit.exits.chunked import ExitCall
+from localexit.exits.loss import LossOptions, loss_and_error, tile_error
+from localexit.feedback import make_feedback
 from localexit.feedback.groups import GROUP, reduce_groups
-from localexit.kernels.launch import product_pass, takes_product
+from localexit.kernels import stages
+from localexit.kernels.launch import product_pass, product_tile, takes_product
+from localexit.kernels.stages import TRITON
 
 # The interpreter computes with numpy, which warns of the infinities that the kernels rely on.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
@@ -71,22 +77,46 @@ def test_a_common_offset_changes_nothing() -> None:
     assert torch.allclose(results[0][1], results[1][1], atol=5e-3)
 
 
+def test_a_final_tile_equals_the_plain_step() -> None:
+    hidden, weight, target = make_case(130, 72, 520, 3.0)
+    plain = (hidden.double() @ weight.double().T).float()
+    rows = loss_and_error(plain.clone(), target, LossOptions())
+    is_counted = torch.ones(130, dtype=torch.bool)
+    is_counted[3] = False
+    hidden[3] = torch.nan
+    for columns in (slice(0, 256), slice(256, 520)):
+        expected, values = plain[:, columns].clone(), torch.full((130, columns.stop - columns.start), torch.nan)
+        moved = target - columns.start
+        tile_error(expected, moved, rows.gold_logit, rows.log_prob, is_counted, LossOptions(), 520, None)
+        product_tile(hidden, weight[columns], moved, rows.gold_logit, rows.log_prob, is_counted, values)
+        assert torch.allclose(values, expected, rtol=1e-4, atol=1e-6)
+        assert not values[3].any()
+
+
 def test_what_it_takes() -> None:
     weight = torch.zeros(256, 64, dtype=torch.bfloat16)
+    assert takes_product(weight)
+    assert not takes_product(weight.float())
+    assert not takes_product(weight[:0])
+    assert not takes_product(torch.zeros(64, 256, dtype=torch.bfloat16).T)
+    assert not takes_product(torch.zeros(257, 64, dtype=torch.bfloat16))
+    assert not takes_product(torch.zeros(256, 60, dtype=torch.bfloat16))
+    assert not takes_product(torch.zeros(256 * 64 + 1, dtype=torch.bfloat16)[1:].view(256, 64))
 
-    def is_taken(
-        weight: Tensor = weight, bias: Tensor | None = None, need_stats: bool = False, **options: float
-    ) -> bool:
-        return takes_product(weight, LossOptions(**options), bias=bias, need_stats=need_stats)
 
-    assert is_taken()
-    assert is_taken(z_loss=0.1)
-    assert not is_taken(softcap=5.0)
-    assert not is_taken(label_smoothing=0.1)
-    assert not is_taken(bias=torch.zeros(256))
-    assert not is_taken(need_stats=True)
-    assert not is_taken(weight.float())
-    assert not is_taken(torch.zeros(64, 256, dtype=torch.bfloat16).T)
-    assert not is_taken(torch.zeros(257, 64, dtype=torch.bfloat16))
-    assert not is_taken(torch.zeros(256, 60, dtype=torch.bfloat16))
-    assert not is_taken(torch.zeros(8, 2**14, dtype=torch.bfloat16))
+def test_what_losses_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "takes_product", lambda _: True)
+    weight = torch.zeros(256, 64)
+
+    def is_fused(bias: Tensor | None = None, **options: Any) -> tuple[bool, bool]:
+        call = ExitCall(
+            hidden=weight, weight=weight, bias=bias, target=torch.zeros(256, dtype=torch.int64),
+            row_weight=weight[:, 0], compute_dtype=torch.float32, rule=make_feedback("dense", 64, 256),
+            need_stats=options.pop("need_stats", False), options=LossOptions(**options),
+        )  # fmt: skip
+        return TRITON.fused_product(call, weight) is not None, TRITON.fused_tile(call, weight) is not None
+
+    assert is_fused() == (True, True)
+    assert is_fused(z_loss=0.1) == (True, False)
+    assert is_fused(need_stats=True) == (False, True)
+    assert is_fused(softcap=5.0) == is_fused(label_smoothing=0.1) == is_fused(torch.zeros(256)) == (False, False)

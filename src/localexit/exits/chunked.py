@@ -129,6 +129,7 @@ class Stages:
             and options; None where nothing does.
         tile_error: as `loss_and_error` for a tile of columns, when the gold token's logit and log-probability are
             known, see `exits.loss.tile_error`.
+        fused_tile: the same for `logits` and `tile_error`, from a tile of the weight.
         add_weight_grad: adds the product with the hidden states to dW, or starts it.
         add_filtered_weight_grad: the same from the groups of entries that matter.
         view: makes the rule's view of the error from values, scale and what the rows yielded.
@@ -144,6 +145,7 @@ class Stages:
     logits: Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
     loss_and_error: Callable[..., RowResult]
     fused_product: Callable[[ExitCall, Tensor], Callable[..., RowResult] | None]
+    fused_tile: Callable[[LossCall, Tensor], Callable[..., None] | None]
     tile_error: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, LossOptions, int, Tensor | None], None]
     add_weight_grad: Callable[[Tensor | None, Tensor, Tensor], Tensor]
     add_filtered_weight_grad: Callable[[Tensor | None, Tensor, Tensor, Tensor, RowResult], Tensor]
@@ -219,7 +221,7 @@ def _plain_value_dtype(call: LossCall) -> torch.dtype:
     return _sum_dtype(call)
 
 
-def _no_fused_product(call: ExitCall, weight: Tensor) -> None:
+def _nothing_fused(call: LossCall, weight: Tensor) -> None:
     del call, weight
 
 
@@ -227,7 +229,8 @@ PLAIN = Stages(
     name="torch",
     logits=plain_logits,
     loss_and_error=loss_and_error,
-    fused_product=_no_fused_product,
+    fused_product=_nothing_fused,
+    fused_tile=_nothing_fused,
     tile_error=tile_error,
     add_weight_grad=add_weight_grad,
     add_filtered_weight_grad=add_filtered_weight_grad,

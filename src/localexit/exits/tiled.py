@@ -54,8 +54,13 @@ def add_tiled_grads(
         tile = slice(start, min(start + columns, vocab_size))
         bias = None if call.bias is None else call.bias[tile].to(scale.dtype)
         logits = buffer[: len(hidden) * (tile.stop - start)].view(len(hidden), tile.stop - start)
-        stages.logits(hidden, call.weight[tile].to(call.compute_dtype), bias, logits)
-        stages.tile_error(logits, call.target - start, gold_logit, log_prob, is_counted, call.options, vocab_size, bias)
+        weight, target = call.weight[tile].to(call.compute_dtype), call.target - start
+        fused_tile = stages.fused_tile(call, weight)
+        if fused_tile is not None:
+            fused_tile(hidden, weight, target, gold_logit, log_prob, is_counted, logits)
+        else:
+            stages.logits(hidden, weight, bias, logits)
+            stages.tile_error(logits, target, gold_logit, log_prob, is_counted, call.options, vocab_size, bias)
         values = logits.to(value_dtype)
         if weight_grad is not None:
             stages.add_weight_grad(weight_grad[tile], values, scaled)

@@ -21,8 +21,6 @@ from localexit.kernels.select import select_kernel, weighted_rows_kernel
 # Rows a program of the tiles' error, and of the end of `product_pass`.
 _TILE_ROWS = 4
 _FINISH_ROWS = 4
-# The widest hidden for which `product_pass` is faster than cuBLAS and a pass of its own.
-_MOST_WIDTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,17 +133,16 @@ def _repair(
     )  # fmt: skip
 
 
-def takes_product(weight: Tensor, options: LossOptions, *, bias: Tensor | None, need_stats: bool) -> bool:
-    """Whether `product_pass` computes with this unembedding [V, D], and is the faster way.
+def takes_product(weight: Tensor) -> bool:
+    """Whether a product with this unembedding [V, D] can take its exponentials itself, and is the faster way.
 
-    It was measured on an H100 (see docs/performance.md), and its tiles are made for that GPU's memory.
+    Measured on an H100, where it is for every width (see docs/performance.md); its tiles are made for that GPU.
     """
     vocab_size, width = weight.shape
-    is_plain = bias is None and options.softcap is None and not options.label_smoothing and not need_stats
     # Rows of what is read and written as tiles begin at multiples of 16 bytes.
     is_aligned = width % 8 == 0 and vocab_size % 8 == 0 and weight.is_contiguous() and weight.data_ptr() % 16 == 0
-    is_fast = weight.dtype == torch.bfloat16 and 0 < width <= _MOST_WIDTH
-    return is_plain and is_aligned and is_fast and (not weight.is_cuda or _is_hopper(weight.device))
+    is_hopper = not weight.is_cuda or _is_hopper(weight.device)
+    return weight.dtype == torch.bfloat16 and weight.numel() > 0 and is_aligned and is_hopper
 
 
 @lru_cache
@@ -162,27 +159,17 @@ def _num_processors(device: torch.device) -> int:
 def product_pass(
     hidden: Tensor, weight: Tensor, target: Tensor, options: LossOptions, *, out: Tensor, need_groups: bool = False
 ) -> ErrorPass:
-    """As the product and `error_pass`, for what `takes_product`: the values of hidden [n, D] go to `out` [n, V]."""
-    hidden = hidden.contiguous()
-    (num_rows, width), vocab_size = hidden.shape, weight.shape[0]
-    num_tiles, num_groups = triton.cdiv(vocab_size, _TILE.columns), triton.cdiv(vocab_size, GROUP)
+    """The product and `error_pass` at once, for a plain loss: the values of hidden [n, D] go to `out` [n, V]."""
+    num_rows, width = hidden.shape
     result = _empty_pass(out, need_stats=False, need_groups=need_groups)
     is_rare = out.new_empty(num_rows, dtype=torch.int8)
+    num_tiles = triton.cdiv(weight.shape[0], _TILE.columns)
     tile_sum = out.new_empty(num_rows, num_tiles, dtype=torch.float32)
     gold_logit_kernel[(num_rows,)](
-        hidden, weight, target, result.gold_logit, width, hidden.stride(0), weight.stride(0),
+        hidden, weight, target, result.gold_logit, width, hidden.stride(0), hidden.stride(1), weight.stride(0),
         BLOCK=min(1024, triton.next_power_of_2(width)), num_warps=1,
     )  # fmt: skip
-    num_programs = _num_processors(hidden.device)
-    product_kernel[(num_programs,)](
-        TensorDescriptor.from_tensor(hidden, [_TILE.rows, _TILE.depth]),
-        TensorDescriptor.from_tensor(weight, [_TILE.columns, _TILE.depth]),
-        TensorDescriptor.from_tensor(out, [_TILE.rows, _TILE.columns // 4]),
-        result.gold_logit, target, tile_sum, result.group_max, result.group_sum,
-        num_rows, vocab_size, num_tiles, num_groups,
-        WIDTH=width, NEED_GROUPS=need_groups, PROGRAMS=num_programs, SHARING=16,
-        ROWS=_TILE.rows, COLUMNS=_TILE.columns, DEPTH=_TILE.depth, num_warps=8, num_stages=3,
-    )  # fmt: skip
+    _product(hidden, weight, out, target, result.gold_logit, result=result, tile_sum=tile_sum)
     finish_kernel[(triton.cdiv(num_rows, _FINISH_ROWS),)](
         out, out.stride(0), target, result.gold_logit, tile_sum, num_rows, num_tiles, options.z_loss,
         result.loss, result.log_prob, result.scale, is_rare, ROWS=_FINISH_ROWS, BLOCK=256, num_warps=4,
@@ -190,6 +177,49 @@ def product_pass(
     flags = {"SMOOTHING": False, "NEED_STATS": False, "NEED_GROUPS": need_groups, "GROUP": GROUP}
     _repair(out, target, options, result, is_rare, flags)
     return result
+
+
+def product_tile(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    gold_logit: Tensor,
+    log_prob: Tensor,
+    is_counted: Tensor,
+    out: Tensor,
+) -> None:
+    """The product and `tile_error` at once, for a plain loss without z-loss: the error goes to `out` [n, columns]."""
+    _product(hidden, weight, out, target, gold_logit, log_prob=log_prob, is_counted=is_counted)
+
+
+def _product(
+    hidden: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    target: Tensor,
+    gold_logit: Tensor,
+    *,
+    result: ErrorPass | None = None,
+    tile_sum: Tensor | None = None,
+    log_prob: Tensor | None = None,
+    is_counted: Tensor | None = None,
+) -> None:
+    """Launch `product_kernel`: with sums for `result`, or with what makes the values final."""
+    (num_rows, width), vocab_size = hidden.shape, weight.shape[0]
+    if num_rows == 0:
+        return
+    is_final = result is None
+    group_max, group_sum = (gold_logit, gold_logit) if result is None else (result.group_max, result.group_sum)
+    num_programs = _num_processors(hidden.device)
+    product_kernel[(num_programs,)](
+        TensorDescriptor.from_tensor(hidden.contiguous(), [_TILE.rows, _TILE.depth]),
+        TensorDescriptor.from_tensor(weight, [_TILE.columns, _TILE.depth]),
+        TensorDescriptor.from_tensor(out, [_TILE.rows, _TILE.columns // 4]),
+        gold_logit, log_prob, is_counted, target, tile_sum, group_max, group_sum,
+        num_rows, vocab_size, triton.cdiv(vocab_size, _TILE.columns), triton.cdiv(vocab_size, GROUP),
+        WIDTH=width, IS_FINAL=is_final, NEED_GROUPS=not is_final and group_max.numel() > 0, PROGRAMS=num_programs,
+        SHARING=16, ROWS=_TILE.rows, COLUMNS=_TILE.columns, DEPTH=_TILE.depth, num_warps=8, num_stages=3,
+    )  # fmt: skip
 
 
 def select(

@@ -1,9 +1,9 @@
 """The product with the unembedding and the exponentials of its logits in one kernel, in Triton.
 
-Where the hidden is narrow, reading the logits again (`rows.error_kernel`) takes nearly as long as the product. Here a
-tile of logits becomes y = exp(z - z_gold) while it is still in registers, is written once, and leaves the sums of its
-rows behind; `finish_kernel` makes of them what `error_kernel` returns. The gold logit has to be known beforehand:
-`gold_logit_kernel` takes it from the gold token's row of the unembedding.
+Reading the logits again (`rows.error_kernel`) takes a seventh of the product's time where the hidden is wide, and two
+thirds where it is narrow. Here a tile of logits becomes y = exp(z - z_gold) while it is still in registers, is written
+once, and leaves the sums of its rows behind; `finish_kernel` makes of them what `error_kernel` returns. The gold logit
+has to be known beforehand: `gold_logit_kernel` takes it from the gold token's row of the unembedding.
 
 One program a processor goes through the tiles, so that the next tile's operands are on their way while this one's
 exponentials are taken (the persistent product of Triton's tutorials); tiles that share rows of the unembedding follow
@@ -15,14 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from localexit.kernels.rows import _EXP_OVERFLOW, _row_end
+from localexit.kernels.rows import _EXP_OVERFLOW, _expm1, _row_end
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def gold_logit_kernel(
-    hidden, weight, target, out, width, hidden_stride, weight_stride, BLOCK: tl.constexpr,
+    hidden, weight, target, out, width, row_stride, column_stride, weight_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """⟨h, W[target]⟩ in fp32; one program a row."""
     row = tl.program_id(0).to(tl.int64)
@@ -30,7 +30,7 @@ def gold_logit_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         lanes = start + tl.arange(0, BLOCK)
-        h = tl.load(hidden + row * hidden_stride + lanes, mask=lanes < width, other=0.0).to(tl.float32)
+        h = tl.load(hidden + row * row_stride + lanes * column_stride, mask=lanes < width, other=0.0).to(tl.float32)
         w = tl.load(weight + gold * weight_stride + lanes, mask=lanes < width, other=0.0).to(tl.float32)
         total += h * w
     tl.store(out + row, tl.sum(total, 0))
@@ -43,31 +43,43 @@ def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _exponentials(z, reference, gold, first, vocab_size, values, row_start, column_start, COLUMNS: tl.constexpr):
-    """Write exp(z - z_gold) of a part of a tile, zero for gold; the sums of its rows, and what was written.
+def _exponentials(
+    z, reference, gold, gold_value, is_counted, first, vocab_size, values, row_start, column_start,
+    IS_FINAL: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Write exp(z - reference) of a part of a tile, `gold_value` for gold; the sums of its rows, and what was written.
 
-    `reference` and `gold` are the gold logit in units of log 2, and the gold token's place relative to the tile.
+    `reference` is in units of log 2, `gold` relative to the tile.
     """
     lanes = first + tl.arange(0, COLUMNS)
     d = z * _LOG2_E - reference[:, None]
     is_other = lanes[None, :] != gold[:, None]
-    if column_start + first + COLUMNS > vocab_size:
-        is_other = is_other & ((column_start + lanes) < vocab_size)[None, :]
-    y = tl.where(is_other, tl.exp2(d), 0.0)
-    # What overflows is marked by the difference itself, for the repair.
-    stored = tl.where(y > _EXP_OVERFLOW, d * (-1 / _LOG2_E), y).to(values.dtype)
+    if IS_FINAL:
+        y = tl.where(is_other, tl.exp2(d), gold_value[:, None])
+        # Selected, not multiplied: a row that does not count may hold anything.
+        y = tl.where(is_counted[:, None], y, 0.0)
+        stored = y.to(values.dtype)
+    else:
+        if column_start + first + COLUMNS > vocab_size:
+            is_other = is_other & ((column_start + lanes) < vocab_size)[None, :]
+        y = tl.where(is_other, tl.exp2(d), 0.0)
+        # What overflows is marked by the difference itself, for the repair.
+        stored = tl.where(y > _EXP_OVERFLOW, d * (-1 / _LOG2_E), y).to(values.dtype)
     values.store([row_start, column_start + first], stored)
     return tl.sum(y, 1), stored.to(tl.float32)
 
 
 @triton.jit
 def product_kernel(
-    hidden, weight, values, gold_logit, target, tile_sum, group_max, group_sum,
+    hidden, weight, values, gold_logit, log_prob, is_counted, target, tile_sum, group_max, group_sum,
     num_rows, vocab_size, num_tiles, num_groups,
-    WIDTH: tl.constexpr, NEED_GROUPS: tl.constexpr, PROGRAMS: tl.constexpr, SHARING: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr, IS_FINAL: tl.constexpr, NEED_GROUPS: tl.constexpr, PROGRAMS: tl.constexpr,
+    SHARING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of ROWS tokens by COLUMNS = 2 GROUP columns; hidden, weight and values are tensor descriptors."""
+    """Tiles of ROWS tokens by COLUMNS = 2 GROUP columns; hidden, weight and values are tensor descriptors.
+
+    IS_FINAL: the log-probability of gold is known, and the values are the error itself, as in `rows.tile_error_kernel`.
+    """
     QUARTER: tl.constexpr = COLUMNS // 4
     num_bands = tl.cdiv(num_rows, ROWS)
     for tile in tl.range(tl.program_id(0), num_bands * num_tiles, PROGRAMS, flatten=True):
@@ -82,29 +94,75 @@ def product_kernel(
 
         rows = row_start + tl.arange(0, ROWS)
         inside = rows < num_rows
-        reference = tl.load(gold_logit + rows, mask=inside, other=0.0) * _LOG2_E
+        reference = tl.load(gold_logit + rows, mask=inside, other=0.0)
+        gold_value = tl.zeros((ROWS,), tl.float32)
+        counts = inside
+        if IS_FINAL:
+            log_p = tl.load(log_prob + rows, mask=inside, other=0.0)
+            reference -= log_p
+            gold_value = _expm1(log_p)
+            counts = tl.load(is_counted + rows, mask=inside, other=0) != 0
+        reference *= _LOG2_E
         gold = tl.load(target + rows, mask=inside, other=0).to(tl.int32) - column_start
-        left, right = _halves(z, ROWS, COLUMNS)
         # Quarters, one after the other: a whole tile of exponentials does not fit the registers.
+        left, right = _halves(z, ROWS, COLUMNS)
         z0, z1 = _halves(left, ROWS, COLUMNS // 2)
         z2, z3 = _halves(right, ROWS, COLUMNS // 2)
-        sum0, size0 = _exponentials(z0, reference, gold, 0, vocab_size, values, row_start, column_start, QUARTER)
-        sum1, size1 = _exponentials(z1, reference, gold, QUARTER, vocab_size, values, row_start, column_start, QUARTER)
+        sum0, y0 = _exponentials(
+            z0, reference, gold, gold_value, counts, 0, vocab_size, values, row_start, column_start, IS_FINAL, QUARTER
+        )
+        sum1, y1 = _exponentials(
+            z1,
+            reference,
+            gold,
+            gold_value,
+            counts,
+            QUARTER,
+            vocab_size,
+            values,
+            row_start,
+            column_start,
+            IS_FINAL,
+            QUARTER,
+        )
         groups = rows.to(tl.int64) * num_groups + 2 * column_tile
         if NEED_GROUPS:
-            tl.store(group_max + groups, tl.maximum(tl.max(size0, 1), tl.max(size1, 1)), mask=inside)
-            tl.store(group_sum + groups, tl.sum(size0, 1) + tl.sum(size1, 1), mask=inside)
-        sum2, size2 = _exponentials(
-            z2, reference, gold, 2 * QUARTER, vocab_size, values, row_start, column_start, QUARTER
+            tl.store(group_max + groups, tl.maximum(tl.max(y0, 1), tl.max(y1, 1)), mask=inside)
+            tl.store(group_sum + groups, tl.sum(y0, 1) + tl.sum(y1, 1), mask=inside)
+        sum2, y2 = _exponentials(
+            z2,
+            reference,
+            gold,
+            gold_value,
+            counts,
+            2 * QUARTER,
+            vocab_size,
+            values,
+            row_start,
+            column_start,
+            IS_FINAL,
+            QUARTER,
         )
-        sum3, size3 = _exponentials(
-            z3, reference, gold, 3 * QUARTER, vocab_size, values, row_start, column_start, QUARTER
+        sum3, y3 = _exponentials(
+            z3,
+            reference,
+            gold,
+            gold_value,
+            counts,
+            3 * QUARTER,
+            vocab_size,
+            values,
+            row_start,
+            column_start,
+            IS_FINAL,
+            QUARTER,
         )
         if NEED_GROUPS:
             has_second = inside & (2 * column_tile + 1 < num_groups)
-            tl.store(group_max + groups + 1, tl.maximum(tl.max(size2, 1), tl.max(size3, 1)), mask=has_second)
-            tl.store(group_sum + groups + 1, tl.sum(size2, 1) + tl.sum(size3, 1), mask=has_second)
-        tl.store(tile_sum + rows.to(tl.int64) * num_tiles + column_tile, sum0 + sum1 + sum2 + sum3, mask=inside)
+            tl.store(group_max + groups + 1, tl.maximum(tl.max(y2, 1), tl.max(y3, 1)), mask=has_second)
+            tl.store(group_sum + groups + 1, tl.sum(y2, 1) + tl.sum(y3, 1), mask=has_second)
+        if not IS_FINAL:
+            tl.store(tile_sum + rows.to(tl.int64) * num_tiles + column_tile, sum0 + sum1 + sum2 + sum3, mask=inside)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from localexit.kernels.launch import (
     add_listed_weight_grad,
     error_pass,
     product_pass,
+    product_tile,
     scaled,
     select,
     takes_product,
@@ -99,9 +100,16 @@ def _row_result(result: ErrorPass) -> GroupedRowResult:
     )
 
 
+def _is_plain(call: LossCall) -> bool:
+    return call.bias is None and call.options.softcap is None and not call.options.label_smoothing
+
+
 def _fused_product(call: ExitCall, weight: Tensor) -> Callable[..., GroupedRowResult] | None:
-    is_taken = takes_product(weight, call.options, bias=call.bias, need_stats=call.need_stats)
-    return _product_and_error if is_taken else None
+    return _product_and_error if _is_plain(call) and not call.need_stats and takes_product(weight) else None
+
+
+def _fused_tile(call: LossCall, weight: Tensor) -> Callable[..., None] | None:
+    return product_tile if _is_plain(call) and not call.options.z_loss and takes_product(weight) else None
 
 
 def _product_and_error(
@@ -139,6 +147,7 @@ TRITON = Stages(
     logits=_logits_without_bias,
     loss_and_error=fused_loss_and_error,
     fused_product=_fused_product,
+    fused_tile=_fused_tile,
     tile_error=tile_error,
     add_weight_grad=add_weight_grad,
     add_filtered_weight_grad=_add_filtered_weight_grad,
