@@ -164,6 +164,8 @@ class LocalModel(nn.Module):
         )
         self._replaced_forward = model.__dict__.get("forward")
         self._original_forward = model.forward
+        # Not traced, so that the error is the caller's and not one that the compiler catches to go on without it.
+        self._refuse_compilation = torch.compiler.disable(_refuse_compilation)
         self._takes = frozenset(name for name in ("use_cache", "output_router_logits") if accepts(model, name))
         self._num_forwards = 0
         # Tokens since the last update(): draws belong to (seed, step, exit, row), and the next forward's rows follow.
@@ -537,7 +539,7 @@ class LocalModel(nn.Module):
         if inputs is None:
             return self._original_forward(*args, **kwargs)
         if self.backward_mode != "deferred":
-            _refuse_compilation(self.backward_mode, torch.compiler.is_dynamo_compiling())
+            self._refuse_compilation(self.backward_mode, torch.compiler.is_dynamo_compiling())
         self._refuse_unsupported(inputs)
         # Whoever switches the model to training means its feedback as well.
         self.feedback.train()
@@ -634,9 +636,7 @@ class LocalModel(nn.Module):
         return self._hooks
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _refuse_compilation(backward_mode: str, is_compiled: bool) -> None:
-    """Not traced, so that the error is the caller's and not one that the compiler catches to go on without it."""
     if is_compiled:
         raise ValueError(
             f"this model is attached with backward={backward_mode!r} and compiled as a whole (torch.compile around the "
