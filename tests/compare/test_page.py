@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.text import Text
 
 from compare.made_up import BASE, cell
 from localexit.compare.cells import Cell
@@ -96,6 +97,16 @@ def test_what_the_charts_show() -> None:
     curves = {line.get_label(): line for line in charts["cosines"].figure.axes[0].lines}
     assert any(list(line.get_ydata()) == [0.5, 0.96] for line in curves.values())
     assert "mirror +0.062" in charts["differences"].alt
+
+
+@pytest.mark.parametrize("chart", ["differences", "curves", "cost", "cosines"])
+def test_long_names_are_drawn_whole_and_inside_the_picture(chart: str) -> None:
+    name = "dense:rank=512@unembedding_init=codes,lr=0.001,unembedding_std=0.02"
+    figure = charts_of([*CELLS, cell(name, 0, 3.5, diagnostics=(diagnosis(40, 0.25),))])[chart].figure
+    boxes = [text.get_window_extent() for text in figure.findobj(Text) if text.get_text() == name]
+    assert boxes
+    # A tick has a second label right of the axes, which is not drawn.
+    assert figure.bbox.x0 <= boxes[0].x0 < boxes[0].x1 <= figure.bbox.x1
 
 
 def test_ladder() -> None:

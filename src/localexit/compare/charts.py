@@ -17,15 +17,18 @@ from localexit.report.drawing import (
     Curve,
     draw,
     label_ends,
+    labelled_canvas,
     rendered,
     scale_losses,
     scale_steps,
 )
 from localexit.report.text import number, signed
-from localexit.report.theme import FAINT, INK, MUTED, Color, canvas, drawable, figure_style, run_style
+from localexit.report.theme import FAINT, INK, MUTED, Color, canvas, drawable, figure_style, run_style, text_inches
 
 _LABEL_INCHES = 2.0
 _ROW_INCHES = 0.27
+# Of a method's name in a picture: enough for three settings.
+_MAX_LABEL = 100
 
 
 def group_charts(group: Group) -> tuple[Chart, ...]:
@@ -55,7 +58,10 @@ def differences(group: Group, styles: Mapping[str, Color]) -> Chart | None:
         Curve(x=np.array([0]), y=np.array([_mean(row.to_exact)]), color=styles[row.method], label=row.method)
         for row in rows
     ]
-    figure, axes = canvas(WIDE[0], 0.95 + _ROW_INCHES * len(rows), left=_LABEL_INCHES, right=1.2)
+    labels = [_label(row.method) for row in rows]
+    # A tenth more: a browser takes the reader's own font.
+    left = max(_LABEL_INCHES, 0.15 + 1.1 * max(map(text_inches, labels)))
+    figure, axes = canvas(WIDE[0] + left - _LABEL_INCHES, 0.95 + _ROW_INCHES * len(rows), left=left, right=1.2)
     for position, row in enumerate(rows):
         assert row.to_exact is not None
         color = styles[row.method].light
@@ -67,7 +73,7 @@ def differences(group: Group, styles: Mapping[str, Color]) -> Chart | None:
             1.01, position, _told(row.to_exact), transform=axes.get_yaxis_transform(), va="center", color=MUTED.light
         )
     axes.axvline(0, color=INK.light, linewidth=0.9)
-    axes.set_yticks(range(len(rows)), [drawable(row.method) for row in rows])
+    axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("nats/token")
@@ -91,10 +97,10 @@ def loss_curves(group: Group, styles: Mapping[str, Color]) -> Chart | None:
     for row in group.rows:
         tokens, losses = _mean_curve(row)
         if len(tokens):
-            curves.append(Curve(x=tokens, y=losses, color=styles[row.method], width=1.6, label=drawable(row.method)))
+            curves.append(Curve(x=tokens, y=losses, color=styles[row.method], width=1.6, label=_label(row.method)))
     if not curves:
         return None
-    figure, axes = canvas(*WIDE, right=2.3)
+    figure, axes = labelled_canvas(curves)
     draw(axes, curves)
     scale_steps(axes, curves, "training tokens")
     scale_losses(axes, curves, uniform=None)
@@ -122,11 +128,11 @@ def cost_scatter(group: Group, styles: Mapping[str, Color]) -> Chart | None:
             y=np.array([row.loss.mean if row.loss else math.nan]),
             color=styles[row.method],
             width=3.0,
-            label=drawable(row.method),
+            label=_label(row.method),
         )
         for row in rows
     ]
-    figure, axes = canvas(*WIDE, right=2.3)
+    figure, axes = labelled_canvas(points)
     draw(axes, points)
     axes.set_xlim(0, 1.05 * max(float(point.x[0]) for point in points))
     scale_losses(axes, points, uniform=None)
@@ -151,10 +157,10 @@ def gradient_cosines(group: Group, styles: Mapping[str, Color]) -> Chart | None:
         found = next((cell for cell in row.cells if cell.diagnostics), None)
         if found is not None:
             steps, cosines = _lowest_cosines(found)
-            curves.append(Curve(x=steps, y=cosines, color=styles[row.method], width=1.6, label=drawable(row.method)))
+            curves.append(Curve(x=steps, y=cosines, color=styles[row.method], width=1.6, label=_label(row.method)))
     if not curves:
         return None
-    figure, axes = canvas(*WIDE, right=2.3)
+    figure, axes = labelled_canvas(curves)
     draw(axes, curves)
     scale_steps(axes, curves, "step")
     low = min(0.0, *(float(np.min(curve.y)) for curve in curves))
@@ -184,10 +190,10 @@ def ladder_chart(ladder: Ladder) -> Chart:
                 y=np.array([point.loss for point in points]),
                 color=run_style(index)[0],
                 width=1.6,
-                label=drawable(method),
+                label=_label(method),
             )
         )
-    figure, axes = canvas(*WIDE, right=2.3)
+    figure, axes = labelled_canvas(curves)
     draw(axes, curves)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -208,6 +214,11 @@ def ladder_chart(ladder: Ladder) -> Chart:
         + " ".join(f"{method}: slope {_told(slope)}." for method, slope in ladder.slopes.items()),
         alt=f"Line chart of validation loss against training FLOPs of {len(curves)} methods.",
     )
+
+
+def _label(method: str) -> str:
+    """A method's name in a picture, whole."""
+    return drawable(method, _MAX_LABEL)
 
 
 def _name(what: str, group: Group) -> str:

@@ -127,11 +127,7 @@ class Method:
         >>> str(method), numbers
         ('dense@unembedding_init=codes', {'lr': 0.002})
         """
-        numbers = {
-            key: value
-            for key, value in self.settings
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-        }
+        numbers = {key: value for key, value in self.settings if type(value) in (int, float)}
         names = tuple((key, value) for key, value in self.settings if key not in numbers)
         return replace(self, settings=names), numbers
 

@@ -17,11 +17,27 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from .curves import last_finite, spread
 from .records import Floats, Ints
 from .text import compact
-from .theme import FONT_SIZE, INK, MUTED, POINTS_PER_INCH, Color, Dash, figure_style, to_png, to_svg
+from .theme import (
+    FONT_SIZE,
+    INK,
+    MUTED,
+    POINTS_PER_INCH,
+    Color,
+    Dash,
+    canvas,
+    figure_style,
+    text_inches,
+    to_png,
+    to_svg,
+)
 
 WIDE = (9.2, 4.8)
 SMALL = (4.5, 2.9)
 _LINE_HEIGHT = 1.25 * FONT_SIZE
+# Inches right of the axes of a wide figure, enough for labels of 28 characters; and where labels begin, in widths of
+# the axes.
+_LABEL_ROOM = 2.3
+_LABEL_START = 1.045
 _MAX_MARKERS = 15
 _STEPS = (1, 2, 5, 10)
 
@@ -84,6 +100,15 @@ def rendered(figure: Figure, curves: Sequence[Curve], *, name: str, title: str, 
         is_wide=bool(figure.get_figwidth() > SMALL[0]),
         figure=figure,
     )
+
+
+def labelled_canvas(curves: Sequence[Curve]) -> tuple[Figure, Axes]:
+    """A wide figure with room for the curves' labels right of the axes; what long ones need is added to its width."""
+    longest = max(text_inches(curve.label) for curve in curves)
+    axes_width = canvas(*WIDE, right=_LABEL_ROOM)[1].get_position().width * WIDE[0]
+    # A tenth more: a browser takes the reader's own font.
+    right = max(_LABEL_ROOM, (_LABEL_START - 1) * axes_width + 1.1 * longest)
+    return canvas(WIDE[0] + right - _LABEL_ROOM, WIDE[1], right=right)
 
 
 def draw(axes: Axes, curves: Sequence[Curve]) -> None:
@@ -172,7 +197,7 @@ def label_ends(axes: Axes, curves: Sequence[Curve], *, strong: Literal["last", "
     for (curve, _), label_height in zip(ends, heights, strict=True):
         is_strong = strong == "last" and curve is ends[-1][0]
         axes.text(
-            1.045,
+            _LABEL_START,
             label_height,
             curve.label,
             transform=axes.transAxes,

@@ -131,6 +131,15 @@ def drawable(text: str, limit: int = 28) -> str:
     return "".join(character if ord(character) in glyphs else "□" for character in line)
 
 
+def text_inches(text: str) -> float:
+    """How wide a line of text is in a figure."""
+    font = get_font(findfont(FontProperties(family=_FONT)))
+    font.set_size(FONT_SIZE, POINTS_PER_INCH)
+    font.set_text(text)
+    # In 64ths of a point.
+    return float(font.get_width_height()[0] / 64 / POINTS_PER_INCH)
+
+
 def to_png(figure: Figure) -> bytes:
     """Render `figure` in the light scheme."""
     buffer = io.BytesIO()
