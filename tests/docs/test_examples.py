@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from docs.pages import ROOT
 from helpers.ranks import rank_replies
@@ -56,6 +59,10 @@ def with_lightning(workplace: Path) -> list[str]:
     return [str(workplace / "path/to/text/0.txt"), "--steps", "3"]
 
 
+def with_trainer(workplace: Path) -> list[str]:
+    return [str(workplace / "path/to/model"), str(workplace / "path/to/text/0.txt"), "--steps", "2"]
+
+
 ARGUMENTS: dict[str, Callable[[Path], list[str]]] = {
     function.__name__: function
     for function in (
@@ -66,6 +73,7 @@ ARGUMENTS: dict[str, Callable[[Path], list[str]]] = {
         several_processes,
         with_accelerate,
         with_lightning,
+        with_trainer,
     )
 }
 PRINTED = {
@@ -75,6 +83,7 @@ PRINTED = {
     "reward_weighted": ("step 2: mean reward",),
     "several_processes": ("nats/byte by exit after 3 steps",),
     "with_accelerate": ("step 3: nats/token by exit", "path/to/model-tuned"),
+    "with_trainer": ("after 2 steps: validation nats/token by exit [", "written by the first exit that is sure: the"),
     "with_lightning": ("validation nats/byte by exit after 3 steps",),
 }
 
@@ -85,6 +94,25 @@ def test_example(name: str, workplace: Path, capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     for text in PRINTED[name]:
         assert text in printed
+
+
+# peft reads an attribute that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_trainer_goes_on_with_adapters_from_its_checkpoint(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(workplace / "path/to/model", tmp_path / "model")
+    script, text = load("with_trainer"), str(workplace / "path/to/text/0.txt")
+    script.main([str(tmp_path / "model"), text, "--steps", "2", "--lora"])
+    checkpoint = tmp_path / "model-trainer/checkpoint-2"
+    assert (checkpoint / "exits.safetensors").exists()
+    names = load_file(checkpoint / "adapter_model.safetensors").keys()
+    assert names
+    assert all("lora_" in name for name in names)
+    script.main([str(tmp_path / "model"), text, "--steps", "4", "--lora", "--resume"])
+    assert "after 4 steps" in capsys.readouterr().out
+    before, after = (load_file(tmp_path / f"model-trainer/checkpoint-{n}/adapter_model.safetensors") for n in (2, 4))
+    assert any(not torch.equal(before[name], after[name]) for name in names)
 
 
 def printed_by_rank(arguments: list[str]) -> str:

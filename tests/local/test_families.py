@@ -142,7 +142,16 @@ def test_low_rank_adapters(mode: str) -> None:
     reference = copy.deepcopy(wrapped)
     ids = token_ids()
     explicit_units("llama", reference.base_model.model, ids, {"input_ids": ids})
-    out = attach(wrapped, feedback="transport", backward=mode)(ids, ids)
+    caches: list[object] = []
+    for block in blocks_of(wrapped):
+        block.register_forward_pre_hook(
+            lambda _module, _args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True
+        )
+    local = attach(wrapped, feedback="transport", backward=mode)
+    caches.clear()
+    out = local(ids, ids)
+    # Keys and values in a cache would keep the activations of all units alive.
+    assert caches == [None] * len(local.blocks)
     if mode == "deferred":
         out.loss.backward()
     got, expected = gradients(wrapped), gradients(reference)

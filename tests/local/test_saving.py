@@ -161,3 +161,21 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff" * 64)
     with pytest.raises(ValueError, match="cannot be read"):
         load_exits(build("plain"), tmp_path)
+
+
+# peft reads an attribute that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("exit_body", ["norm", "block"])
+def test_adapters_and_exits_lie_in_one_folder(exit_body: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    local = attached(peft.get_peft_model(build("llama"), config), exit_norm="copy", exit_body=exit_body)
+    optimizer = torch.optim.SGD([p for p in local.parameters() if p.requires_grad], lr=0.1)
+    step(local, 1)
+    optimizer.step()
+    local.model.save_pretrained(tmp_path)
+    save_exits(local, tmp_path)
+    again = load_exits(peft.PeftModel.from_pretrained(build("llama"), tmp_path), tmp_path)
+    assert type(again.model) is type(local.model)
+    for index in range(3):
+        assert torch.equal(again.exit_logits(index, batch()[0]), local.exit_logits(index, batch()[0]))

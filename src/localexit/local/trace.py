@@ -152,8 +152,11 @@ def restored_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def accepts(model: nn.Module, name: str) -> bool:
-    """Whether the model's forward has an argument of that name."""
-    return name in inspect.signature(model.forward).parameters
+    """Whether the model's forward has an argument of that name, or that of the model in an adapter of `peft`."""
+    if name in inspect.signature(model.forward).parameters:
+        return True
+    get_base_model = getattr(model, "get_base_model", None)
+    return callable(get_base_model) and accepts(get_base_model(), name)
 
 
 def run_model(model: nn.Module, example: Tensor | Mapping[str, Any], **options: Any) -> Any:
