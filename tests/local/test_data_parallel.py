@@ -74,6 +74,7 @@ def trained(
     is_alone: bool = False,
     decoder: str = "plain",
     schedule: ExitSchedule = EVERY_EXIT,
+    exit_body: str = "norm",
 ) -> dict[str, Tensor]:
     """Parameters, state and last losses after some steps; clipping included."""
     # Ranks start differently on purpose: attach() makes them equal.
@@ -83,7 +84,8 @@ def trained(
         # What is sharded already is one model: it starts equal.
         model = build(decoder).to(dtype)
         wrap_blocks(model, wrapper)
-    local = attached(model, name, dtype=dtype, backward=backward, data_parallel=ranks, schedule=schedule)
+    options = {"backward": backward, "data_parallel": ranks, "schedule": schedule, "exit_body": exit_body}
+    local = attached(model, name, dtype=dtype, **options)
     optimizer = torch.optim.SGD(local.parameters(), lr=0.02, momentum=0.9, foreach=False)
     losses = torch.empty(0)
     for ids, labels in batches(num_steps):
@@ -177,6 +179,12 @@ def test_exits_of_sharded_blocks_that_sit_out(backward: str) -> None:
 @pytest.mark.slow
 def test_a_sharded_model_of_transformers() -> None:
     check(2, ("mirror_sampled",), EXACT, num_steps=3, wrapper="fully_shard", decoder="llama")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backward", ["stream", "deferred"])
+def test_exits_with_a_block_of_their_own(backward: str) -> None:
+    check(2, ("mirror_sampled",), EXACT, num_steps=4, backward=backward, exit_body="block", decoder="llama")
 
 
 def ddp_around(backward: str) -> dict[str, Tensor]:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from helpers.ranks import run_ranks
 from local.decoders import DECODERS, PlainDecoder, batch, build, gradients
 from local.explicit import explicit_step, parts_of
 from local.families import tiny_model, token_ids
 from local.rules import attached, rule
+from local.test_data_parallel import wrap_blocks
 from local.test_gradients import assert_same, train_step
+from localexit import DataParallel
 from localexit.inference.cache import TextCache
 from localexit.local import ExitSchedule, LocalModel, StepInBackward, attach, load_exits, save_exits
 
@@ -241,6 +244,18 @@ def test_blocks_that_cannot_be_copied_are_refused(make: object, message: str) ->
         attached(model, exit_body="block")
     assert "exit_body='block': " in str(error.value)
     assert "or take exit_body='mlp'" in str(error.value)
+
+
+@pytest.mark.parametrize("wrapper", ["fully_shard", "DDP"])
+def test_blocks_that_are_spread_or_wrapped_are_refused(wrapper: str) -> None:
+    run_ranks(refused_wrapper, 1, wrapper)
+
+
+def refused_wrapper(wrapper: str) -> None:
+    model = build("plain")
+    wrap_blocks(model, wrapper)
+    with pytest.raises(ValueError, match=r"exit_body='block': blocks\.0 is sharded, or wrapped in DDP"):
+        attached(model, exit_body="block", data_parallel=DataParallel())
 
 
 def test_routers_with_an_auxiliary_loss_are_refused() -> None:

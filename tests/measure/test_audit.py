@@ -90,13 +90,14 @@ def test_columns_are_aligned() -> None:
     ]
 
 
-def test_exits_that_sit_out_and_steps_in_the_backward_do_not_disturb_an_audit() -> None:
+@pytest.mark.parametrize("exit_body", ["mlp", "block"])
+def test_exits_that_sit_out_and_steps_in_the_backward_do_not_disturb_an_audit(exit_body: str) -> None:
     local = attach(
         build("plain"),
         feedback="dense",
         backward="stream",
         schedule=ExitSchedule(exits_per_step=1, token_share=0.5),
-        exit_body="mlp",
+        exit_body=exit_body,
     )
     stepper = StepInBackward(local, torch.optim.SGD(local.parameters(), lr=0.1))
     state = copy.deepcopy(local.state_dict())

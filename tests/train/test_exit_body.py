@@ -32,6 +32,11 @@ def test_a_resumed_run_trains_the_same_blocks() -> None:
     assert not any(torch.equal(start[name], expected[name]) for name in own)
 
 
+def test_blocks_that_are_spread_over_processes_are_not_copied(text: Path) -> None:
+    with pytest.raises(ValueError, match="exit_body='block' copies blocks, and shard spreads them over processes"):
+        small_config(text, exit_body="block", shard=True)
+
+
 def test_a_run_is_measured_reported_and_written_with(
     text: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

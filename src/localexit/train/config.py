@@ -230,6 +230,11 @@ class TrainConfig:
                 f"diagnose_every is for {' and '.join(LOCAL_BACKWARDS)}, where a feedback replaces the gradient of a "
                 f"unit's own exit, got {self.diagnose_every} with backward={self.backward!r}; pass 0"
             )
+        if self.shard and self.exit_body == "block":
+            raise ValueError(
+                "exit_body='block' copies blocks, and shard spreads them over processes; pass exit_body='mlp' or leave "
+                "shard out"
+            )
         exit_indices(self.exits)
         tracker_names(self.track)
         if self.optimizer == "in_backward":
