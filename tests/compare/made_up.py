@@ -31,7 +31,7 @@ def cell(method: str, seed: int, loss: float, *, config: TrainConfig = BASE, **c
         "peak_bytes": None,
         "feedback_bytes": 4096,
         "num_parameters": 1000,
-        "corpus": {"sha256": "5f" * 32, "name": "stdlib"},
+        "corpus": {"sha256": "5f" * 32, "name": "stdlib", "train_tokens": 1_500_000, "vocab_size": 2048},
         "versions": {"torch": "2.13.0"},
         "device": "cpu (1 threads)",
         "commit": "unknown",

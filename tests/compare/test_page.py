@@ -12,9 +12,9 @@ from matplotlib.text import Text
 
 from compare.made_up import BASE, cell
 from localexit.compare.cells import Cell
-from localexit.compare.charts import group_charts
+from localexit.compare.charts import budget_chart, group_charts
 from localexit.compare.page import write_page
-from localexit.compare.results import groups, ladder
+from localexit.compare.results import budgets, groups, ladder
 
 
 def diagnosis(step: int, *cosines: float, rows_error: float | None = None) -> dict[str, Any]:
@@ -124,6 +124,34 @@ def test_ladder() -> None:
     assert [point.flops for point in found.points["transport"]] == pytest.approx([1.28e9, 5.12e9, 2.048e10])
     assert [point.loss for point in found.points["transport"]] == pytest.approx([4, 4 * 4**-0.1, 4 * 16**-0.1])
     assert ladder(CELLS) is None
+
+
+def test_seeds_of_one_size_do_not_narrow_the_interval_of_a_slope() -> None:
+    """They share what their size is off by."""
+    models, losses = ("small-256", "small", "small-768"), (4.0, 3.0, 2.9)
+    cells = {
+        seed: [
+            replace(cell("transport", seed, loss, config=replace(BASE, model=model)), flops_per_token=4.0**index)
+            for index, (model, loss) in enumerate(zip(models, losses, strict=True))
+        ]
+        for seed in (0, 1, 2)
+    }
+    one, three = ladder(cells[0]), ladder([c for seed in cells for c in cells[seed]])
+    assert one is not None
+    assert three is not None
+    assert three.slopes["transport"].half_width == pytest.approx(one.slopes["transport"].half_width)
+
+
+def test_budgets_are_on_the_page(tmp_path: Path) -> None:
+    other = replace(BASE, steps=80)
+    more = [cell("transport", seed, 2.5, config=other) for seed in (0, 1)]
+    more += [cell("backprop", seed, gap + 2.5, config=other) for seed, gap in ((0, 0.125), (1, 0.375))]
+    html = write_page([*CELLS, *more], tmp_path).read_text(encoding="utf-8")
+    assert "over optimiser steps: backprop 40: −0.125, 80: +0.250." in html
+    (chart,) = (found for mine in budgets(groups([*CELLS, *more])) if (found := budget_chart(mine)))
+    (line,) = (line for line in chart.figure.axes[0].lines if len(line.get_xdata()) == 2 and line.get_marker() == "o")
+    assert [list(line.get_xdata()), list(line.get_ydata())] == [[40, 80], [-0.125, 0.25]]
+    assert budgets(groups(CELLS)) == ()
 
 
 def test_the_ladder_is_on_the_page(tmp_path: Path) -> None:

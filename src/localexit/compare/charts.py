@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator
@@ -22,7 +22,7 @@ from localexit.report.drawing import (
     scale_losses,
     scale_steps,
 )
-from localexit.report.text import number, signed
+from localexit.report.text import count, number, signed
 from localexit.report.theme import FAINT, INK, MUTED, Color, canvas, drawable, figure_style, run_style, text_inches
 
 _LABEL_INCHES = 2.0
@@ -175,6 +175,58 @@ def gradient_cosines(group: Group, styles: Mapping[str, Color]) -> Chart | None:
         caption="Averaged over the batches of a diagnosis, at the exit where it is lowest; one seed.",
         alt="Line chart of the cosine of block-parameter gradients over steps, last values: "
         + ", ".join(f"{curve.label} {number(float(curve.y[-1]))}" for curve in curves)
+        + ".",
+    )
+
+
+@figure_style()
+def budget_chart(found: Sequence[Group]) -> Chart | None:
+    """Differences to exact local exits over the budget: whether what is closed stays closed.
+
+    Args:
+        found: groups of one model, the smallest budget first.
+    """
+    methods = dict.fromkeys(row.method for group in found for row in group.rows)
+    by_method = {
+        method: [(g.steps, row.to_exact) for g in found for row in g.rows if row.method == method and row.to_exact]
+        for method in methods
+    }
+    drawn = {method: points for method, points in by_method.items() if len(points) > 1}
+    if not drawn:
+        return None
+    curves = [
+        Curve(
+            x=np.array([steps for steps, _ in points]),
+            y=np.array([estimate.mean for _, estimate in points]),
+            color=run_style(index)[0],
+            width=1.6,
+            label=_label(method),
+        )
+        for index, (method, points) in enumerate(drawn.items())
+    ]
+    figure, axes = labelled_canvas(curves)
+    draw(axes, curves)
+    for curve, points in zip(curves, drawn.values(), strict=True):
+        margins = [_margin(estimate) for _, estimate in points]
+        axes.errorbar(curve.x, curve.y, yerr=margins, fmt="none", ecolor=curve.color.light, elinewidth=1.1, capsize=2)
+    axes.axhline(0, color=INK.light, linewidth=0.9)
+    axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.set_xticks([group.steps for group in found], [count(group.steps) for group in found])
+    axes.set_xlabel("optimiser steps")
+    label_ends(axes, curves)
+    return rendered(
+        figure,
+        curves,
+        name=f"budgets-{found[0].model}",
+        title="Last exit against exact local exits over the budget, nats/token",
+        caption="Validation loss minus that of exact local exits with as many steps, paired by seed, with 95 % "
+        "intervals where there are several seeds. Above the line is worse.",
+        alt="Line chart of differences in nats/token over optimiser steps: "
+        + "; ".join(
+            f"{method} " + ", ".join(f"{steps}: {signed(estimate.mean)}" for steps, estimate in points)
+            for method, points in drawn.items()
+        )
         + ".",
     )
 

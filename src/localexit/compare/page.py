@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from localexit.compare.cells import Cell
-from localexit.compare.charts import group_charts, ladder_chart, styles_of
-from localexit.compare.results import Group, Row, best_settings, groups, ladder
+from localexit.compare.charts import budget_chart, group_charts, ladder_chart, styles_of
+from localexit.compare.results import Group, Row, best_settings, budgets, groups, ladder
 from localexit.compare.table import difference, seeds
 from localexit.report.drawing import Chart
 from localexit.report.page import environment, replace_file
@@ -69,13 +69,16 @@ def write_page(cells: Sequence[Cell], folder: Path) -> Path:
     """
     views = [_group_view(group) for group in groups(cells)]
     found = ladder(cells)
-    ladder_charts = () if found is None else (ladder_chart(found),)
+    overview = (
+        *(() if found is None else (ladder_chart(found),)),
+        *(chart for mine in budgets([view.group for view in views]) if (chart := budget_chart(mine)) is not None),
+    )
     html = (
         environment("localexit.compare")
         .get_template("compare.html.jinja")
         .render(
             groups=views,
-            ladder=ladder_charts,
+            overview=overview,
             best=best_settings(cells),
             num_cells=len(cells),
             settings=_settings(cells),
@@ -83,7 +86,7 @@ def write_page(cells: Sequence[Cell], folder: Path) -> Path:
     )
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    for chart in (*ladder_charts, *(chart for view in views for chart in view.charts)):
+    for chart in (*overview, *(chart for view in views for chart in view.charts)):
         replace_file(plots / f"{chart.name}.png", chart.png())
     replace_file(folder / PAGE_NAME, html.encode())
     return folder / PAGE_NAME

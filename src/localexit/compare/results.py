@@ -36,6 +36,12 @@ class Row:
     cells: tuple[Cell, ...]
 
     @property
+    def tokens(self) -> int:
+        """Training tokens of a run."""
+        config = self.cells[0].config
+        return int(config["steps"] * config["batch_size"] * config["context"] * config["accumulate"])
+
+    @property
     def step_seconds(self) -> float:
         """Median time of a step."""
         return statistics.median(cell.step_seconds for cell in self.cells)
@@ -58,7 +64,7 @@ class Row:
     @property
     def training_flops(self) -> float:
         """FLOPs of the whole training, in matrix products."""
-        return _training_flops(self.cells[0])
+        return self.cells[0].flops_per_token * self.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +84,12 @@ class Group:
     @property
     def tokens(self) -> int:
         """Training tokens of a run."""
-        config = self.rows[0].cells[0].config
-        return int(self.steps * config["batch_size"] * config["context"] * config["accumulate"])
+        return self.rows[0].tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class LadderPoint:
-    """One width of a ladder: FLOPs of the training, and the last exit's loss, mean over seeds."""
+    """One size of a ladder: FLOPs of the training, and the last exit's loss, mean over seeds."""
 
     flops: float
     loss: float
@@ -96,7 +101,8 @@ class Ladder:
 
     Attributes:
         points: by method, for methods trained on several models, by rising compute.
-        slopes: exponent of the power law through all seeds' points, by method.
+        slopes: exponent of the power law through these points, by method. The interval is that of their scatter about
+            it: seeds of one size share what the size is off by, and make no further points.
     """
 
     points: Mapping[str, tuple[LadderPoint, ...]]
@@ -116,6 +122,13 @@ def groups(cells: Sequence[Cell]) -> tuple[Group, ...]:
         _group(model, steps, [cell for cell in cells if (cell.key.model, cell.key.steps) == (model, steps)])
         for model, steps in names
     )
+
+
+def budgets(found: Sequence[Group]) -> tuple[tuple[Group, ...], ...]:
+    """Of every model that was trained with several budgets its groups, the smallest budget first."""
+    models = dict.fromkeys(group.model for group in found)
+    by_model = (tuple(sorted((g for g in found if g.model == m), key=lambda g: g.steps)) for m in models)
+    return tuple(mine for mine in by_model if len(mine) > 1)
 
 
 def _group(model: str, steps: int, cells: Sequence[Cell]) -> Group:
@@ -161,12 +174,8 @@ def ladder(cells: Sequence[Cell]) -> Ladder | None:
         if rows:
             found = [LadderPoint(flops=row.training_flops, loss=row.losses[-1]) for row in rows]
             points[method] = tuple(sorted(found, key=lambda point: point.flops))
-            slopes[method] = log_slope([_training_flops(cell) for cell in mine], [cell.loss[-1] for cell in mine])
+            slopes[method] = log_slope([point.flops for point in found], [point.loss for point in found])
     return Ladder(points=points, slopes=slopes) if points else None
-
-
-def _training_flops(cell: Cell) -> float:
-    return cell.flops_per_token * cell.valid[-1].tokens
 
 
 def best_settings(cells: Sequence[Cell]) -> dict[str, dict[str, float]]:

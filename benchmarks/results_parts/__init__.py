@@ -1,0 +1,1 @@
+"""What benchmarks/results_page.py is made of."""
