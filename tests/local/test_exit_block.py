@@ -77,6 +77,18 @@ def test_gradients_equal_an_explicit_loop(name: str, mode: str) -> None:
     assert len(gradients(bodies)) == len(list(bodies.parameters()))
 
 
+# The compiler looks at the gradients of all tensors it is given.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_copies_give_the_same_gradients() -> None:
+    ids, labels = batch()
+    plain, compiled = with_blocks("plain", backward="stream"), with_blocks("plain", backward="stream")
+    for block in (*compiled.blocks, *compiled.exit_bodies):
+        block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
+    for local in (plain, compiled):
+        local(ids, labels)
+    assert_same(gradients(compiled), gradients(plain))
+
+
 def test_units_of_several_blocks_copy_their_last_one() -> None:
     ids, labels = batch()
     local = attached(build("llama", 4), exit_body="block", exits="every:2", backward="stream")
