@@ -1,7 +1,7 @@
 """Random mistakes in the source, one at a time, and whether the tests of their room notice: `make mutants`.
 
-`python tests/mutants.py ROOM NUM RESULTS [SEED]`; `RESULTS` is a file of JSON lines, and what it has is not tried
-again. The test process imports torch once; every mutant runs in a fork of it, so that a mutant costs its tests alone.
+`python tests/mutants.py ROOM NUM RESULTS [SEED [PROCESSES]]`; `RESULTS` is a file of JSON lines, and what it has is not
+tried again. A test process imports torch once; every mutant runs in a fork of it, so that it costs its tests alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import multiprocessing
 import os
 import random
 import resource
@@ -16,9 +17,10 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -178,20 +180,33 @@ def wilson(killed: int, total: int) -> tuple[float, float]:
     return (middle - spread) / (1 + z**2 / total), (middle + spread) / (1 + z**2 / total)
 
 
-def main(room: str, num: int, results: Path, seed: int = 0) -> None:
+def try_all(mutants: Sequence[Mutant], room: str, results: Path) -> None:
+    """Add a line for each mutant to the results, as soon as it is known."""
+    for mutant in mutants:
+        line = json.dumps({"mutant": mutant.key, "killed": is_killed(mutant, room)})
+        with results.open("a") as file:
+            file.write(line + "\n")
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def main(room: str, num: int, results: Path, seed: int = 0, processes: int = 1) -> None:
     every = [mutant for path in sorted((SOURCE / room).rglob("*.py")) for mutant in mutants_of(path)]
     random.Random(seed).shuffle(every)
     results.parent.mkdir(parents=True, exist_ok=True)
-    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    tried = {record["mutant"] for record in known}
+    tried = {record["mutant"] for record in read(results)}
     if not tried and run_tests(None, room, SOURCE.parent):
         sys.exit(f"the tests of {room} fail without any mutant")
-    for mutant in every[:num]:
-        if mutant.key not in tried:
-            record = {"mutant": mutant.key, "killed": is_killed(mutant, room)}
-            known.append(record)
-            with results.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+    left = [mutant for mutant in every[:num] if mutant.key not in tried]
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=try_all, args=(left[i::processes], room, results)) for i in range(processes)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    known = read(results)
     killed = sum(record["killed"] for record in known)
     low, high = wilson(killed, len(known))
     sys.stdout.write(f"{room}: {killed} of {len(known)} killed, {killed / len(known):.1%} ({low:.1%} to {high:.1%})\n")
