@@ -71,6 +71,20 @@ def test_products_are_counted(base: TrainConfig) -> None:
     assert products == {"transport": pytest.approx(3), "parallel": pytest.approx(2)}
 
 
+def test_products_in_kernels_are_added_to_those_counted(base: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a kernel makes the logits: the counter sees two of an exit's three products, at both exits."""
+    plain = run_cell(job(base, "transport"))
+    product, num_tokens = 2 * 64 * 320, base.batch_size * base.context
+    counts = {"torch": 3 * product * num_tokens, "auto": 2 * product * num_tokens}
+    monkeypatch.setattr(
+        "localexit.compare.training.exit_flops", lambda *_, backend="torch", **__: float(counts[backend])
+    )
+    assert run_cell(job(base, "transport")).flops_per_token == pytest.approx(plain.flops_per_token + 2 * product)
+    fewer = run_cell(job(base, "transport@exits_per_step=1")).flops_per_token
+    monkeypatch.undo()
+    assert fewer == pytest.approx(run_cell(job(base, "transport@exits_per_step=1")).flops_per_token + product)
+
+
 def test_only_what_is_missing_is_trained(base: TrainConfig, tmp_path: Path) -> None:
     wanted = [job(base, name) for name in ("dense", "transport")]
     lines: list[str] = []

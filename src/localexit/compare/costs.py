@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from localexit.exits.backends import Backend
 from localexit.exits.functional import exit_step
 from localexit.feedback.base import accumulate_dtype
 from localexit.local import LocalModel
@@ -33,8 +34,12 @@ def counted_flops() -> Iterator[Callable[[], float]]:
         yield lambda: float(counter.get_total_flops())
 
 
-def exit_flops(local: LocalModel, num_tokens: int, precision: torch.dtype) -> float:
-    """FLOPs of one exit with `num_tokens` tokens, the rule's own learning included; on a copy of the rule."""
+def exit_flops(local: LocalModel, num_tokens: int, precision: torch.dtype, *, backend: Backend = "torch") -> float:
+    """FLOPs of one exit with `num_tokens` tokens, the rule's own learning included; on a copy of the rule.
+
+    Plain PyTorch makes every product with an operator that is counted. "auto" counts what a training step's exits
+    show of theirs: not what kernels of our own multiply.
+    """
     rule = copy.deepcopy(local.feedback)
     weight = local.unembedding.weight.detach()
     hidden = torch.ones(num_tokens, weight.shape[1], device=weight.device)
@@ -42,7 +47,7 @@ def exit_flops(local: LocalModel, num_tokens: int, precision: torch.dtype) -> fl
     grad_weight = torch.zeros_like(weight, dtype=accumulate_dtype(weight.dtype))
     with counted_flops() as count:
         with autocast(weight.device, precision):
-            exit_step(hidden, weight, target, feedback=rule, grad_weight=grad_weight)
+            exit_step(hidden, weight, target, feedback=rule, grad_weight=grad_weight, backend=backend)
         rule.update()
     return count()
 
