@@ -179,14 +179,17 @@ def provenance(setting: str) -> str:
         "device": {cell.device for cell in cells},
         "torch": {cell.versions["torch"] for cell in cells},
         "commit": {cell.commit for cell in cells},
-        "text": {f"{c.corpus['name']}, {_millions(c)}, sha256 {c.corpus['sha256'][:12]}" for c in cells},
+        "text": {_text(cell) for cell in cells},
     }
     told_kinds = "; ".join(f"{name}: {', '.join(sorted(values))}" for name, values in kinds.items())
     return f"{len(cells)} cells; {told_kinds}; load average {min(loads):.1f} to {max(loads):.1f}."
 
 
-def _millions(cell: Cell) -> str:
-    return f"{cell.corpus['train_tokens'] / 1e6:.1f} M tokens of training text at V={cell.corpus['vocab_size']}"
+def _text(cell: Cell) -> str:
+    text = cell.corpus
+    size = f"{text['num_files']:,} files, {text['num_bytes'] / 1e6:.1f} MB"
+    tokens = f"{text['train_tokens'] / 1e6:.1f} M training tokens at V={text['vocab_size']}"
+    return f"{text['name']} ({size}, {tokens}, sha256 {text['sha256'][:12]})"
 
 
 def told(estimate: Estimate | None) -> str:

@@ -109,6 +109,12 @@ def test_long_names_are_drawn_whole_and_inside_the_picture(chart: str) -> None:
     assert figure.bbox.x0 <= boxes[0].x0 < boxes[0].x1 <= figure.bbox.x1
 
 
+def test_no_two_methods_are_drawn_alike() -> None:
+    names = ("transport", "backprop", *(f"dense:rank={rank}" for rank in range(1, 15)))
+    lines = charts_of([cell(name, 0, 3.0) for name in names])["curves"].figure.axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(names) == 16
+
+
 def test_ladder() -> None:
     """Loss ∝ FLOPs^-0.1 by construction, in both seeds; what was trained on one model alone has no ladder."""
     cells = [cell("dense", 0, 3.0)]

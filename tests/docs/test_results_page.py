@@ -71,6 +71,14 @@ def test_diagnosis_is_of_the_worst_exit(script: ModuleType, results: Path) -> No
     assert line == "| `dense` | 40 | 0.500 | 0.250 | 0.250 | 0.250 | 0.250 | 0.500 |"
 
 
+def test_provenance(script: ModuleType, results: Path) -> None:
+    assert script.tables.provenance("b0") == (
+        "8 cells; device: cpu (1 threads); torch: 2.13.0; commit: unknown; text: stdlib (1,200 files, 4.5 MB, 1.5 M "
+        "training tokens at V=2048, sha256 5f5f5f5f5f5f); load average 1.0 to 1.0."
+    )
+    assert script.tables.provenance("b1") == NOT_RUN
+
+
 def test_pictures_are_written_and_shown(
     script: ModuleType, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

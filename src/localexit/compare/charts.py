@@ -23,8 +23,20 @@ from localexit.report.drawing import (
     scale_steps,
 )
 from localexit.report.text import count, number, signed
-from localexit.report.theme import FAINT, INK, MUTED, Color, canvas, drawable, figure_style, run_style, text_inches
+from localexit.report.theme import (
+    FAINT,
+    INK,
+    MUTED,
+    Color,
+    Dash,
+    canvas,
+    drawable,
+    figure_style,
+    run_style,
+    text_inches,
+)
 
+Style = tuple[Color, Dash]
 _LABEL_INCHES = 2.0
 _ROW_INCHES = 0.27
 # Of a method's name in a picture: enough for three settings.
@@ -43,19 +55,19 @@ def group_charts(group: Group) -> tuple[Chart, ...]:
     return tuple(chart for chart in charts if chart is not None)
 
 
-def styles_of(group: Group) -> dict[str, Color]:
-    """One colour a method, the same in every chart."""
-    return {row.method: run_style(index)[0] for index, row in enumerate(group.rows)}
+def styles_of(group: Group) -> dict[str, Style]:
+    """One colour and dash pattern a method, the same in every chart."""
+    return {row.method: run_style(index) for index, row in enumerate(group.rows)}
 
 
 @figure_style()
-def differences(group: Group, styles: Mapping[str, Color]) -> Chart | None:
+def differences(group: Group, styles: Mapping[str, Style]) -> Chart | None:
     """Bars of the last exit's loss minus that of exact local exits, with intervals."""
     rows = [row for row in group.rows if row.to_exact is not None]
     if not rows:
         return None
     curves = [
-        Curve(x=np.array([0]), y=np.array([_mean(row.to_exact)]), color=styles[row.method], label=row.method)
+        Curve(x=np.array([0]), y=np.array([_mean(row.to_exact)]), color=styles[row.method][0], label=row.method)
         for row in rows
     ]
     labels = [_label(row.method) for row in rows]
@@ -64,7 +76,7 @@ def differences(group: Group, styles: Mapping[str, Color]) -> Chart | None:
     figure, axes = canvas(WIDE[0] + left - _LABEL_INCHES, 0.95 + _ROW_INCHES * len(rows), left=left, right=1.2)
     for position, row in enumerate(rows):
         assert row.to_exact is not None
-        color = styles[row.method].light
+        color = styles[row.method][0].light
         axes.barh(position, row.to_exact.mean, height=0.62, color=color, alpha=0.85)
         axes.errorbar(
             row.to_exact.mean, position, xerr=_margin(row.to_exact), color=INK.light, linewidth=1.1, capsize=2
@@ -91,13 +103,13 @@ def differences(group: Group, styles: Mapping[str, Color]) -> Chart | None:
 
 
 @figure_style()
-def loss_curves(group: Group, styles: Mapping[str, Color]) -> Chart | None:
+def loss_curves(group: Group, styles: Mapping[str, Style]) -> Chart | None:
     """Validation loss of the last exit over training, mean over seeds."""
     curves = []
     for row in group.rows:
         tokens, losses = _mean_curve(row)
         if len(tokens):
-            curves.append(Curve(x=tokens, y=losses, color=styles[row.method], width=1.6, label=_label(row.method)))
+            curves.append(_line(tokens, losses, styles[row.method], row.method))
     if not curves:
         return None
     figure, axes = labelled_canvas(curves)
@@ -116,7 +128,7 @@ def loss_curves(group: Group, styles: Mapping[str, Color]) -> Chart | None:
 
 
 @figure_style()
-def cost_scatter(group: Group, styles: Mapping[str, Color]) -> Chart | None:
+def cost_scatter(group: Group, styles: Mapping[str, Style]) -> Chart | None:
     """Loss of the last exit against what an exit costs."""
     rows = [row for row in group.rows if row.loss is not None]
     if not rows:
@@ -126,7 +138,7 @@ def cost_scatter(group: Group, styles: Mapping[str, Color]) -> Chart | None:
         Curve(
             x=np.array([row.exit_flops / 1e6]),
             y=np.array([row.loss.mean if row.loss else math.nan]),
-            color=styles[row.method],
+            color=styles[row.method][0],
             width=3.0,
             label=_label(row.method),
         )
@@ -150,14 +162,14 @@ def cost_scatter(group: Group, styles: Mapping[str, Color]) -> Chart | None:
 
 
 @figure_style()
-def gradient_cosines(group: Group, styles: Mapping[str, Color]) -> Chart | None:
+def gradient_cosines(group: Group, styles: Mapping[str, Style]) -> Chart | None:
     """Cosine of the blocks' gradients with the exact ones over training: the exit where it is lowest."""
     curves = []
     for row in group.rows:
         found = next((cell for cell in row.cells if cell.diagnostics), None)
         if found is not None:
             steps, cosines = _lowest_cosines(found)
-            curves.append(Curve(x=steps, y=cosines, color=styles[row.method], width=1.6, label=_label(row.method)))
+            curves.append(_line(steps, cosines, styles[row.method], row.method))
     if not curves:
         return None
     figure, axes = labelled_canvas(curves)
@@ -195,12 +207,11 @@ def budget_chart(found: Sequence[Group]) -> Chart | None:
     if not drawn:
         return None
     curves = [
-        Curve(
-            x=np.array([steps for steps, _ in points]),
-            y=np.array([estimate.mean for _, estimate in points]),
-            color=run_style(index)[0],
-            width=1.6,
-            label=_label(method),
+        _line(
+            np.array([steps for steps, _ in points]),
+            np.array([estimate.mean for _, estimate in points]),
+            run_style(index),
+            method,
         )
         for index, (method, points) in enumerate(drawn.items())
     ]
@@ -234,17 +245,15 @@ def budget_chart(found: Sequence[Group]) -> Chart | None:
 @figure_style()
 def ladder_chart(ladder: Ladder) -> Chart:
     """Loss against compute over the sizes of a model, on logarithmic axes."""
-    curves = []
-    for index, (method, points) in enumerate(ladder.points.items()):
-        curves.append(
-            Curve(
-                x=np.array([point.flops for point in points]),
-                y=np.array([point.loss for point in points]),
-                color=run_style(index)[0],
-                width=1.6,
-                label=_label(method),
-            )
+    curves = [
+        _line(
+            np.array([point.flops for point in points]),
+            np.array([point.loss for point in points]),
+            run_style(index),
+            method,
         )
+        for index, (method, points) in enumerate(ladder.points.items())
+    ]
     figure, axes = labelled_canvas(curves)
     draw(axes, curves)
     axes.set_xscale("log")
@@ -266,6 +275,11 @@ def ladder_chart(ladder: Ladder) -> Chart:
         + " ".join(f"{method}: slope {_told(slope)}." for method, slope in ladder.slopes.items()),
         alt=f"Line chart of validation loss against training FLOPs of {len(curves)} methods.",
     )
+
+
+def _line(x: np.ndarray, y: np.ndarray, style: Style, method: str) -> Curve:
+    color, dash = style
+    return Curve(x=x, y=y, color=color, dash=dash, width=1.6, label=_label(method))
 
 
 def _label(method: str) -> str:

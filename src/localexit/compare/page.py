@@ -93,10 +93,10 @@ def write_page(cells: Sequence[Cell], folder: Path) -> Path:
 
 
 def _group_view(group: Group) -> GroupView:
-    colors = styles_of(group)
+    styles = styles_of(group)
     return GroupView(
         group=group,
-        rows=tuple(_row_view(row, colors[row.method]) for row in group.rows),
+        rows=tuple(_row_view(row, styles[row.method][0]) for row in group.rows),
         num_exits=max((len(row.losses) for row in group.rows), default=0),
         charts=group_charts(group),
     )
