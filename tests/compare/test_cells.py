@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from compare.made_up import BASE, cell
-from localexit.compare.cells import FILE_NAME, Cell, CellFile, check_one_setting, read_cells
+from localexit.compare.cells import FILE_NAME, Cell, CellFile, check_one_setting, check_one_text, read_cells
 
 
 def test_a_cell_reads_back_as_it_was() -> None:
@@ -67,6 +67,21 @@ def test_one_method_has_one_setting() -> None:
     check_one_setting([cell("dense", 0, 3.0), cell("dense", 1, 3.0), cell("mirror", 0, 3.0, config=other)])
     with pytest.raises(ValueError, match="differ in lr"):
         check_one_setting([cell("dense", 0, 3.0), cell("dense", 1, 3.0, config=other)])
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "batch_size", "accumulate", "context", "eval_tokens"])
+def test_all_methods_have_the_same_batches(name: str) -> None:
+    other = replace(BASE, **{name: 300})
+    with pytest.raises(ValueError, match=f"one setting on 'mini' with 40 steps, got two that differ in {name};"):
+        check_one_setting([cell("dense", 0, 3.0), cell("mirror", 0, 3.0, config=other)])
+    check_one_setting([cell("dense", 0, 3.0), cell("mirror", 0, 3.0, config=replace(other, steps=80))])
+
+
+def test_the_same_text_may_be_elsewhere_on_another_machine() -> None:
+    made = cell("dense", 0, 3.0)
+    elsewhere = cell("dense", 1, 3.0, config=replace(BASE, data="other/text"), corpus={**made.corpus, "name": "text"})
+    check_one_text([made, elsewhere])
+    check_one_setting([made, elsewhere])
 
 
 def test_threads_and_device_are_no_setting() -> None:

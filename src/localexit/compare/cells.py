@@ -13,6 +13,8 @@ from localexit.train.config import FREE_ON_RESUME
 
 FORMAT = 1
 FILE_NAME = "cells.jsonl"
+# Settings that say what all methods of a model and budget are trained and validated on.
+_BATCHES = ("vocab_size", "batch_size", "accumulate", "context", "eval_tokens")
 
 
 class Key(NamedTuple):
@@ -185,30 +187,40 @@ def check_one_text(cells: Sequence[Cell]) -> None:
     Raises:
         ValueError: there are such cells.
     """
-    texts = sorted({f"{cell.corpus['name']} (sha256 {cell.corpus['sha256'][:12]})" for cell in cells})
+    # The same text may be elsewhere on another machine.
+    texts = {cell.corpus["sha256"]: cell.corpus["name"] for cell in cells}
     if len(texts) > 1:
+        told = ", ".join(sorted(f"{name} (sha256 {sha256[:12]})" for sha256, name in texts.items()))
         raise ValueError(
-            f"cells: expected one text for all, got {', '.join(texts)}; keep the cells of each text in a folder of "
+            f"cells: expected one text for all, got {told}; keep the cells of each text in a folder of "
             f"their own (Python's standard library is another text in every version)"
         )
 
 
 def check_one_setting(cells: Sequence[Cell]) -> None:
-    """Refuse cells of one method, model and budget that were trained with different settings or texts.
+    """Refuse cells of one method, model and budget with different settings, and methods with different batches.
 
     Raises:
         ValueError: there are such cells.
     """
-    first: dict[tuple[str, str, int], Cell] = {}
+    first: dict[tuple[str, ...], Cell] = {}
     for cell in cells:
         model, method, _, steps = cell.key
-        known = first.setdefault((model, method, steps), cell)
-        odd = differing_settings(known.config, cell.config)
-        if odd:
-            raise ValueError(
-                f"cells: expected one setting for {method!r} on {model!r} with {steps} steps, got two that differ in "
-                f"{', '.join(odd)}; keep them in different folders"
-            )
+        where = f"on {model!r} with {steps} steps"
+        same_method = first.setdefault((where, method), cell)
+        odd = differing_settings(same_method.config, cell.config)
+        # A text is told by its sha256, not by where it is.
+        _refuse(f"for {method!r} {where}", [name for name in odd if name != "data"])
+        any_method = first.setdefault((where,), cell)
+        _refuse(where, sorted(name for name in _BATCHES if any_method.config[name] != cell.config[name]))
+
+
+def _refuse(what: str, odd: Sequence[str]) -> None:
+    if odd:
+        raise ValueError(
+            f"cells: expected one setting {what}, got two that differ in {', '.join(odd)}; keep them in different "
+            f"folders"
+        )
 
 
 def _describe(key: Key) -> str:
