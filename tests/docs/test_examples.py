@@ -39,6 +39,10 @@ def early_exit(workplace: Path) -> list[str]:
     return [str(workplace / "runs/mine"), "--threshold", "0.001", "--tokens", "6"]
 
 
+def frozen_model(workplace: Path) -> list[str]:
+    return [str(workplace / "path/to/model"), str(workplace / "path/to/text/0.txt"), "--steps", "2"]
+
+
 def plain_module(workplace: Path) -> list[str]:
     return [str(workplace / "path/to/text/0.txt"), "--steps", "2"]
 
@@ -68,6 +72,7 @@ ARGUMENTS: dict[str, Callable[[Path], list[str]]] = {
     for function in (
         compare_rules,
         early_exit,
+        frozen_model,
         plain_module,
         reward_weighted,
         several_processes,
@@ -79,6 +84,11 @@ ARGUMENTS: dict[str, Callable[[Path], list[str]]] = {
 PRINTED = {
     "compare_rules": feedback_names(),
     "early_exit": ("last exit: 0 of 6 tokens", "first exit that is sure: 6 of 6 tokens", "draft and verify: "),
+    "frozen_model": (
+        "nats/token by exit, as the model is: [",
+        "step 2: nats/token by exit [",
+        "exits.safetensors; the",
+    ),
     "plain_module": ("exit 2: validation",),
     "reward_weighted": ("step 2: mean reward",),
     "several_processes": ("nats/byte by exit after 3 steps",),

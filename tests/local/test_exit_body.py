@@ -74,6 +74,26 @@ def test_a_body_computes_with_the_tokens_that_the_exit_sees() -> None:
     assert seen == [7]
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("exit_body", ["mlp", "block"])
+def test_bodies_learn_on_a_model_that_stays_as_it_is(exit_body: str, mode: str) -> None:
+    ids, labels = batch()
+    model = build("llama").requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    local = attached(model, "mirror_sampled", exit_body=exit_body, backward=mode)
+    local.exit_bodies.requires_grad_(True)
+    optimizer = torch.optim.Adam(local.exit_bodies.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        losses.append(train_step(local, mode, ids, labels))
+        optimizer.step()
+        optimizer.zero_grad()
+        local.update()
+    assert (losses[-1][:2] < losses[0][:2] - 0.3).all()
+    assert losses[-1][2] == losses[0][2]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_the_seed_decides_the_weights_and_the_global_generator_is_left_alone() -> None:
     state = torch.get_rng_state()
     local = attached(build("plain"), exit_body="mlp", seed=3)
