@@ -73,6 +73,12 @@ def test_two_stages_train_like_one_process() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("exit_body", ["mlp", "block"])
+def test_exits_with_bodies(exit_body: str) -> None:
+    check("transport", 2, decoder="llama", exit_body=exit_body)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule(name: str, num_ranks: int) -> None:

@@ -109,7 +109,7 @@ def attach(
         anatomy.blocks,
         [exit_.block_index for exit_ in model_exits],
         shared=_shared_by_exits(anatomy, model_exits, exit_norm),
-        own=[exit_.own_modules for exit_ in model_exits],
+        modules=[exit_.modules for exit_ in model_exits],
     )
     readout = Readout(unembedding=anatomy.unembedding, scale=anatomy.scale, softcap=anatomy.softcap)
     local = LocalModel(

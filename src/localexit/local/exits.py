@@ -35,7 +35,7 @@ class Exit:
     block: BlockBody | None = None
 
     @property
-    def own_modules(self) -> tuple[nn.Module, ...]:
+    def modules(self) -> tuple[nn.Module, ...]:
         """Everything between the block's hidden and the unembedding, in order."""
         copied = () if self.block is None else (self.block.module,)
         return (*copied, *self.body, *self.norm)

@@ -80,7 +80,7 @@ def make_units(
     exits_at: Sequence[int],
     *,
     shared: Sequence[nn.Parameter],
-    own: Sequence[Sequence[nn.Module]],
+    modules: Sequence[Sequence[nn.Module]],
 ) -> tuple[tuple[Unit, ...], tuple[nn.Parameter, ...]]:
     """Split a model's parameters into units and what the units share.
 
@@ -89,7 +89,7 @@ def make_units(
         blocks: its blocks in order.
         exits_at: ascending block indices of the exits.
         shared: what the exits share: the unembedding, a shared exit norm.
-        own: per exit the modules between its block and the unembedding.
+        modules: per exit those between its block and the unembedding.
 
     Returns:
         The units, and the shared parameters: `shared` and every parameter that blocks of several units have in common.
@@ -100,8 +100,8 @@ def make_units(
     common = [p for parameters in in_units for p in parameters if uses[id(p)] > 1]
     all_shared = _unique([*shared, *common])
     taken = {id(parameter) for parameter in all_shared}
-    for parameters, modules in zip(in_units, own, strict=True):
-        parameters += [p for module in modules for p in module.parameters()]
+    for parameters, of_exit in zip(in_units, modules, strict=True):
+        parameters += [p for module in of_exit for p in module.parameters()]
     placed = {id(parameter) for parameters in in_units for parameter in parameters}
     in_units[0] = [*(p for p in model.parameters() if id(p) not in placed), *in_units[0]]
     units = [
