@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from localexit.compare.cells import Cell
 from localexit.compare.methods import BACKPROP, EXACT, Method
@@ -143,7 +143,8 @@ def sweep(setting: str, base: str, model: str, steps: str) -> str:
     if not cells_of(setting):
         return NOT_RUN
     group = group_of(f"{setting}+{base}", model, int(steps))
-    points = {} if group is None else _points(group)
+    apart = (Method.parse(cell.method).apart() for cell in cells_of(setting))
+    points = {} if group is None else _points(group, {str(method) for method, numbers in apart if numbers})
     stds = sorted({std for _, _, std in points})
     head = ("method", "learning rate", *(f"sd {std:g}" for std in stds))
     lines = dict.fromkeys((method, lr) for method, lr, _ in sorted(points))
@@ -153,13 +154,14 @@ def sweep(setting: str, base: str, model: str, steps: str) -> str:
     )
 
 
-def _points(group: Group) -> dict[tuple[str, float, float], Row]:
-    points = {}
-    for row in group.rows:
-        method, numbers = Method.parse(row.method).apart()
-        if numbers.keys() == {"lr", "unembedding_std"}:
-            points[str(method), numbers["lr"], numbers["unembedding_std"]] = row
-    return points
+def _points(group: Group, swept: Container[str]) -> dict[tuple[str, float, float], Row]:
+    """By method, learning rate and size of W, of methods that were swept; the tuned values are points, too."""
+    rows = [(str(Method.parse(row.method).apart()[0]), row) for row in group.rows]
+    return {
+        (method, row.cells[0].config["lr"], row.cells[0].config["unembedding_std"]): row
+        for method, row in rows
+        if method in swept
+    }
 
 
 def _tried(row: Row | None) -> str:

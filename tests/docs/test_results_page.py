@@ -17,7 +17,7 @@ from localexit.compare.cells import Cell, CellFile
 from localexit.compare.methods import CONTROLS
 from localexit.compare.plans import PLANS
 from localexit.compare.statistics import mean_estimate
-from results_parts.found import NOT_RUN
+from results_parts.found import NOT_RUN, row_of
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,23 @@ def test_what_is_written_by_hand_has_no_measured_numbers(script: ModuleType) -> 
     """Losses, differences and cosines of three decimals come from cells."""
     written = script.without_parts((ROOT / "docs/results.md").read_text(encoding="utf-8"))
     assert re.findall(r"\d\.\d{3}", written) == []
+
+
+def test_what_the_pages_say_in_words_is_so(script: ModuleType) -> None:
+    """Signs and orders that stand in sentences of docs/results.md and the README."""
+
+    def mean(method: str, steps: int) -> float:
+        row = row_of("b1-packages", "small", steps, method)
+        assert row is not None
+        assert row.to_exact is not None
+        return row.to_exact.mean
+
+    for steps in (400, 1600):
+        assert abs(mean("mirror_sampled", steps)) < 0.015
+    assert mean("backprop", 400) > 0.05
+    assert mean("backprop", 1600) < -0.2
+    assert mean("transport@exits=every:3", 1600) < mean("transport@exits=every:2", 1600) < -0.1
+    assert abs(mean("transport@exit_body=mlp", 1600)) < 0.02
 
 
 def test_numbers_in_a_sentence(script: ModuleType, results: Path) -> None:
