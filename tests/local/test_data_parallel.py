@@ -176,6 +176,32 @@ def test_exits_of_sharded_blocks_that_sit_out(backward: str) -> None:
     check(2, ("transport",), EXACT, schedule=ExitSchedule(exits_per_step=2), accumulate=2, **options)
 
 
+def losses_by_draw(num_draws: int) -> Tensor:
+    """The exits' losses on one batch at fixed parameters, one row for each draw of tokens: the mean over ranks."""
+    ranks = DataParallel()
+    schedule = ExitSchedule(token_share=0.3)
+    local = attached(build("plain"), dtype=torch.float64, backward="stream", data_parallel=ranks, schedule=schedule)
+    ((ids, labels),) = batches(1)
+    found = []
+    for _ in range(num_draws):
+        found.append(gradients_of("", local, ids, labels, accumulate=1))
+        local.update()
+    return torch.stack(found)
+
+
+@pytest.mark.slow
+def test_shares_of_tokens_on_ranks_are_unbiased() -> None:
+    """Ranks with very different numbers of labels, each drawing among its own tokens."""
+    local = attached(build("plain"), dtype=torch.float64, backward="stream")
+    ((ids, labels),) = batches(1)
+    expected = local(ids, labels).exit_losses
+    first, second = run_ranks(losses_by_draw, 2, 400)
+    assert torch.equal(first, second)
+    deviation = first.std(0) / len(first) ** 0.5
+    assert (deviation > 0).all()
+    assert ((first.mean(0) - expected).abs() < 4 * deviation).all()
+
+
 @pytest.mark.slow
 def test_a_sharded_model_of_transformers() -> None:
     check(2, ("mirror_sampled",), EXACT, num_steps=3, wrapper="fully_shard", decoder="llama")

@@ -14,7 +14,8 @@ class ExitSchedule:
     """What exits do from step to step. Two ways to make them cheaper, and a warm-up.
 
     Both ways are unbiased: over the draws, the mean of every gradient is that of all exits on all tokens. Draws are a
-    pure function of the rule's seed and step, so a resumed run makes the same ones, and so does every rank.
+    pure function of the rule's seed and step, so a resumed run makes the same ones, and all ranks draw the same exits.
+    Tokens each rank draws among its own: unbiased too, but not the tokens that one process would draw.
 
     Args:
         exits_per_step: so many exits take part in a step, drawn anew for each, and their losses count num_exits /
