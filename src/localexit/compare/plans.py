@@ -96,6 +96,8 @@ MAIN = (EXACT, BACKPROP, "mirror", "mirror_sampled", SMALL_ANCHORS, "dense")
 LARGE_MAIN = (EXACT, BACKPROP, "mirror_sampled", "anchors_sampled", LARGE_ANCHORS)
 # W starts as what the codes stand for.
 CODES = "dense:rank=512@unembedding_init=codes"
+# An exit on every third block, with the exact gradient and without weight transport.
+FEWER = tuple(f"{method}@exits=every:3" for method in (EXACT, "mirror_sampled"))
 # What exits are and where, with the exact gradient: how far local exits are from end-to-end backprop.
 STRUCTURES = tuple(
     f"{EXACT}@{settings}"
@@ -151,7 +153,7 @@ def _ladder_stage(model: str) -> Stage:
     steps = round(400 * relative**2)
     return Stage(
         config=replace(_B1, model=model, steps=steps, warmup_steps=steps // 10),
-        methods=(EXACT, BACKPROP, "mirror_sampled"),
+        methods=(EXACT, BACKPROP, "mirror_sampled", *FEWER),
         seeds=(0, 1, 2),
         budgets=(steps,),
         lr_factor=1 / relative,
@@ -193,7 +195,14 @@ PLANS: dict[PlanName, Plan] = {
                 seeds=(0,),
                 budgets=(400,),
             ),
-            Stage(config=_B1, methods=(EXACT, "mirror_sampled", "anchors_sampled"), seeds=(0,), budgets=(6400,)),
+            Stage(config=_B1, methods=FEWER, seeds=(0, 1, 2), budgets=(400, 1600)),
+            Stage(config=_B1, methods=STRUCTURES, seeds=(0,), budgets=(1600,)),
+            Stage(
+                config=_B1,
+                methods=(EXACT, BACKPROP, "mirror_sampled", "anchors_sampled", *FEWER),
+                seeds=(0,),
+                budgets=(6400,),
+            ),
         ),
         num_validations=8,
         diagnose_at=(0.1, 0.5, 1.0),
