@@ -2,8 +2,7 @@
 
 The parts follow each other, and each is bound by the slower of its arithmetic and its traffic:
 
-- logits: one product, reads h and W, writes the logits;
-- error: one pass that reads and writes the logits;
+- error: one product, reads h and W, writes the error where the logits would go;
 - dW: one product, reads the error, reads and writes the fp32 sum;
 - feedback: a product of the error with codes or all rows, or a gather of a few rows a token.
 """
@@ -86,8 +85,7 @@ def parts(rule: str, shape: Shape) -> tuple[Part, ...]:
         codes = 2.0 * n * v * _CODES + 2.0 * n * _CODES * d
         feedback = Part(name="feedback", flops=codes, num_bytes=logits + _BF16 * (v * _CODES + n * d))
     return (
-        Part(name="logits", flops=product, num_bytes=_BF16 * (n + v) * d + logits),
-        Part(name="error", flops=0.0, num_bytes=2 * logits),
+        Part(name="error", flops=product, num_bytes=_BF16 * (n + v) * d + logits),
         Part(name="dW", flops=product, num_bytes=logits + _BF16 * n * d + 2 * _FP32 * v * d),
         feedback,
     )
