@@ -3,20 +3,22 @@
     python benchmarks/scaling_page.py
 
 The table stands between `<!-- scaling -->` and `<!-- end -->`, the figure is docs/images/scaling.svg. Measured points
-are added from benchmarks/results/distributed.json where that exists.
+come from benchmarks/results/distributed.json.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from localexit.report.theme import canvas, figure_style, run_style, to_svg
+from localexit.report.theme import Color, canvas, figure_style, run_style, to_svg
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scaling.md"
@@ -167,18 +169,28 @@ def table(setting: Setting) -> str:
 
 @figure_style()
 def figure(setting: Setting) -> bytes:
-    """Bytes that a GPU sends in a step, against the number of GPUs."""
-    drawn, axes = canvas(6.4, 3.0, right=1.5)
-    colors = []
+    """Bytes that a GPU sends in a step, and speed as measured beside speed without any sending, against GPUs."""
+    drawn, sent = canvas(10.0, 3.0, right=5.6)
+    speed = drawn.add_axes((0.56, *sent.get_position().bounds[1:2], 0.29, sent.get_position().height))
+    speed.tick_params(length=3)
+    speed.tick_params(axis="y", length=0)
+    speed.spines["left"].set_visible(False)
+    colors = [run_style(index)[0] for index in range(len(FORMS))]
+    _draw_bytes(sent, setting, colors)
+    _draw_speeds(speed, colors)
+    title = (
+        "Line charts over the number of GPUs: what a GPU sends in a step, three forms and 1F1B; and how many times as "
+        "fast as one GPU they are without any sending, with the points that were measured"
+    )
+    return to_svg(drawn, colors).replace(b"<defs>", f"<title>{title}.</title><defs>".encode(), 1)
+
+
+def _draw_bytes(axes: Axes, setting: Setting, colors: Sequence[Color]) -> None:
     # Those of data parallel and vocabulary parallel meet at the end.
-    for index, ((name, form), lift) in enumerate(zip(FORMS.items(), (1, -9, -3, -3), strict=True)):
-        color, _ = run_style(index)
-        colors.append(color)
+    for (name, form), color, lift in zip(FORMS.items(), colors, (1, -9, -3, -3), strict=True):
         heights = [form(setting, gpus).sent / 1e9 for gpus in GPUS[1:]]
         axes.plot(GPUS[1:], heights, color=color.light, marker="o", markersize=3)
-        axes.annotate(
-            name, (GPUS[-1], heights[-1]), (6, lift), textcoords="offset points", fontsize=8, color=color.light
-        )
+        _name(axes, name, GPUS[-1], heights[-1], lift, color)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(GPUS[1:], [str(gpus) for gpus in GPUS[1:]])
@@ -186,14 +198,55 @@ def figure(setting: Setting) -> bytes:
     axes.set_yticks([1, 3, 10, 30], ["1", "3", "10", "30"])
     axes.set_xlabel("GPUs")
     axes.set_title("GB that a GPU sends in a step", loc="left", fontsize=9)
-    title = b"<title>Line chart of what a GPU sends in a step over the number of GPUs, three forms and 1F1B.</title>"
-    return to_svg(drawn, colors).replace(b"<defs>", title + b"<defs>", 1)
+
+
+def _draw_speeds(axes: Axes, colors: Sequence[Color]) -> None:
+    found = json.loads(MEASURED.read_text(encoding="utf-8"))
+    setting, few = measured_setting(found), (1, 2, 4)
+    points = measured_speeds(found)
+    for (name, form), color, lift in zip(FORMS.items(), colors, (1, -9, 3, -6), strict=True):
+        heights = [gpus * (1 - form(setting, gpus).idle) for gpus in few]
+        axes.plot(few, heights, color=color.light, linewidth=1, linestyle="dashed")
+        axes.plot(found["ranks"], points[name], color=color.light, marker="x", markersize=6)
+        _name(axes, f"{name}: {points[name]:.2f}× on {found['ranks']}", few[-1], heights[-1], lift, color)
+    axes.set_xticks(few, [str(gpus) for gpus in few])
+    axes.set_yticks(few, [f"{gpus}×" for gpus in few])
+    axes.set_xlabel("GPUs")
+    axes.set_title("Times as fast as one: without sending, and measured (×)", loc="left", fontsize=9)
+
+
+def _name(axes: Axes, text: str, x: float, y: float, lift: int, color: Color) -> None:
+    axes.annotate(text, (x, y), (6, lift), textcoords="offset points", fontsize=8, color=color.light)
+
+
+def measured_setting(found: dict[str, Any]) -> Setting:
+    """What was measured, as a setting of the formulas."""
+    sizes = found["sizes"]
+    return Setting(
+        blocks=sizes["blocks"],
+        width=sizes["width"],
+        vocab=sizes["vocab"],
+        exits=sizes["blocks"] // int(sizes["exits"].removeprefix("every:")),
+        tokens=sizes["rows"] * sizes["context"],
+        microbatches=sizes["micro"],
+    )
+
+
+def measured_speeds(found: dict[str, Any]) -> dict[str, float]:
+    """How many times as fast as one GPU the measured ranks were; for vocabulary parallel, an exit by itself."""
+    ranks = str(found["ranks"])
+    rates = {
+        "data parallel": found["data_parallel"],
+        "pipeline of units": found["pipeline"]["units"],
+        "1F1B, one loss": found["pipeline"]["1f1b"],
+    }
+    exit_ = found["vocab_parallel"]["dense"]
+    speeds = {name: rate["tokens_per_second"][ranks] / rate["tokens_per_second"]["1"] for name, rate in rates.items()}
+    return {**speeds, "vocabulary parallel": exit_["whole_ms"] / exit_["spread_ms"]}
 
 
 def measured() -> str:
-    """A line on what was measured, if anything."""
-    if not MEASURED.exists():
-        return "Nothing of this has been measured on GPUs yet."
+    """A line on what was measured."""
     found = json.loads(MEASURED.read_text(encoding="utf-8"))
     ranks = str(found["ranks"])
     speed = found["data_parallel"]["tokens_per_second"]

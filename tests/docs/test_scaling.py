@@ -57,3 +57,31 @@ def test_formulas_by_hand(writer: ModuleType) -> None:
     assert top.sent == 2 * 14 * 10 * 2
     busy = (6 * 14 * 4800 + 6 * 14 * 1000) / 2
     assert top.idle == pytest.approx(1 - 3 / 4 * busy / (6 * 14 * 4800 / 2 + 6 * 14 * 1000))
+
+
+def test_measured_speeds_by_hand(writer: ModuleType) -> None:
+    rates = {"tokens_per_second": {"1": 100.0, "2": 150.0}}
+    found = {
+        "ranks": 2,
+        "data_parallel": rates,
+        "pipeline": {"units": {"tokens_per_second": {"1": 100.0, "2": 190.0}}, "1f1b": rates},
+        "vocab_parallel": {"dense": {"whole_ms": 30.0, "spread_ms": 20.0}},
+        "sizes": {
+            "blocks": 16,
+            "width": 64,
+            "vocab": 100,
+            "exits": "every:4",
+            "rows": 8,
+            "context": 32,
+            "micro": 5,
+        },
+    }
+    assert writer.measured_speeds(found) == {
+        "data parallel": 1.5,
+        "pipeline of units": 1.9,
+        "1F1B, one loss": 1.5,
+        "vocabulary parallel": 1.5,
+    }
+    assert writer.measured_setting(found) == writer.Setting(
+        blocks=16, width=64, vocab=100, exits=4, tokens=256, microbatches=5
+    )
