@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from localexit.feedback import draws
-from localexit.feedback.draws import UNCOUNTED, choice_keys, choose_rows, stratified_uniforms, token_uniforms
+from localexit.feedback.draws import (
+    UNCOUNTED,
+    choice_keys,
+    choose_exits,
+    choose_rows,
+    fresh_seed,
+    stratified_uniforms,
+    token_uniforms,
+)
 
 ROWS = torch.arange(2000)
 
@@ -171,3 +179,19 @@ def test_the_hash_is_the_published_one() -> None:
     """Draws of runs that were saved depend on every bit of it: `lowbias32`, worked out elsewhere."""
     published = {0: 0, 1: 1753845952, 2: 3507691905, 12345: 2435775735, 4294967295: 1734902346}
     assert {x: draws._mix(x) for x in published} == published
+
+
+def test_draws_stay_what_they_were() -> None:
+    """A run that was saved goes on with the numbers it would have had."""
+    drawn = token_uniforms(3, step(5), 1, torch.tensor([0, 7]), 2).double() * 2**24
+    assert drawn.tolist() == [[1411745, 6674217], [16095428, 680791]]
+    keys = choice_keys(3, step(5), 1, torch.tensor([True, False, True]))
+    assert keys.tolist() == [691375954529878016, UNCOUNTED + 1, 3595821099239079938]
+    assert [choose_exits(3, at, 2, 6) for at in range(4)] == [(1, 4), (3, 4), (1, 2), (1, 5)]
+
+
+def test_a_seed_that_is_left_out_is_one_of_very_many() -> None:
+    torch.manual_seed(0)
+    seeds = {fresh_seed(None) for _ in range(100)}
+    assert len(seeds) == 100
+    assert 2**50 < max(seeds) < 2**62

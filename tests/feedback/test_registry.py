@@ -110,3 +110,39 @@ def test_ranks_that_are_left_out() -> None:
     assert make_feedback("dense", 200, 11).expander.shape == (200, 128)
     assert make_feedback("parallel_gold", 200, 11).residual_base.shape == (200, 32)
     assert make_feedback("parallel_gold", 20, 11).residual_base.shape == (20, 20)
+
+
+def test_ranks_are_told() -> None:
+    assert make_feedback("parallel_gold", 20, 11, residual_rank=7).residual_rank == 7
+    assert make_feedback("parallel", 20, 11).residual_rank == 0
+    hybrid = make_feedback("hybrid", 20, 11, rank=9, rank_exact=4)
+    assert (hybrid.rank, hybrid.rank_exact, hybrid.rank_tail) == (9, 4, 5)
+    assert [make_feedback(name, 20, 11, rank=9).rank for name in ("dense", "sketch")] == [9, 9]
+
+
+def test_what_a_rule_asks_of_the_exit() -> None:
+    """More than a rule needs would be measured in vain, and refused by backends that cannot."""
+    rules = {name: make_feedback(name, 40, 11) for name in RULES}
+    assert {name for name, rule in rules.items() if rule.needs_logits} == {
+        "parallel",
+        "parallel_gold",
+        "parallel_topmass",
+    }
+    selecting = {"hybrid", "anchors_sampled", "mirror_sampled", "transport_sampled"}
+    assert {name for name, rule in rules.items() if rule.selects} == selecting
+    assert {name for name, rule in rules.items() if not rule.is_additive} == selecting
+    assert {name for name, rule in rules.items() if rule.num_draws} == selecting - {"hybrid"}
+    assert {name for name, rule in rules.items() if rule.num_anchors} == {"anchors", "anchors_sampled"}
+    assert {name for name, rule in rules.items() if rule.num_pairs} == {"mirror", "mirror_sampled"}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_seed_that_is_left_out_is_zero(name: str) -> None:
+    """Made by its class as by its name: what is not asked for repeats."""
+    assert make_feedback(name, 40, 11).seed == 0
+    assert TABLE[name].rule(40, 11).seed == 0
+
+
+@pytest.mark.parametrize("name", ["hybrid", "anchors_sampled", "mirror_sampled", "transport_sampled"])
+def test_gold_alone_may_be_kept_exactly(name: str) -> None:
+    assert make_feedback(name, 40, 11, topk=0).topk == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from localexit.feedback.rounding import round_stochastically, rounding_generator
+from localexit.feedback.rounding import round_stochastically, rounding_generator, rounding_seed
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16]
@@ -43,3 +43,10 @@ def test_repeats_for_a_step_and_differs_between_steps() -> None:
     first = rounded(values, torch.bfloat16)
     assert torch.equal(rounded(values, torch.bfloat16), first)
     assert not torch.equal(rounded(values, torch.bfloat16, step=1), first)
+
+
+def test_the_seeds_of_steps_fill_31_bits() -> None:
+    """What a kernel takes as a positive int32."""
+    seeds = [rounding_seed(0, step) for step in range(200)]
+    assert len(set(seeds)) == 200
+    assert 2**30 < max(seeds) < 2**31

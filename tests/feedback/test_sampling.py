@@ -120,3 +120,17 @@ def test_the_scale_of_a_row_is_not_part_of_the_draw() -> None:
     scaled_ids, scaled = Error(values=values, scale=torch.tensor([-2.0, 0.0])).sample(uniforms, exclude)
     assert torch.equal(ids, scaled_ids)
     assert torch.equal(scaled, weights * torch.tensor([[-2.0], [0.0]]))
+
+
+def test_the_smallest_number_draws_the_first_token_that_can_be_drawn() -> None:
+    values = torch.tensor([[5.0, 0.0, 0.0, 2.0, 3.0]])
+    ids, weights = Error(values=values, scale=torch.ones(1)).sample(torch.zeros(1, 1), torch.tensor([[0]]))
+    assert ids.tolist() == [[3]]
+    assert weights.tolist() == [[5.0]]
+
+
+def test_the_mass_of_the_tail_is_summed_in_the_dtype_of_the_scale() -> None:
+    """In bf16 a sum of 1,000 halves would be rounded in every group, and the total again."""
+    values = torch.full((1, 1001), 0.3337, dtype=torch.bfloat16)
+    _, weights = Error(values=values, scale=torch.ones(1)).sample(torch.full((1, 1), 0.5), torch.tensor([[1000]]))
+    assert float(weights) == pytest.approx(1000 * float(values[0, 0]), rel=1e-6)
