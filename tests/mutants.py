@@ -1,7 +1,8 @@
 """Random mistakes in the source, one at a time, and whether the tests of their room notice: `make mutants`.
 
-`python tests/mutants.py ROOM NUM RESULTS [SEED [PROCESSES]]`; `RESULTS` is a file of JSON lines, and what it has is not
-tried again. A test process imports torch once; every mutant runs in a fork of it, so that it costs its tests alone.
+`python tests/mutants.py ROOM NUM RESULTS [SEED [PROCESSES]]`; `RESULTS` is a file of JSON lines, the last of a mutant
+counts. What was noticed is not tried again; what survived is, for the tests may be better now. A test process imports
+torch once; every mutant runs in a fork of it, so that it costs its tests alone.
 """
 
 from __future__ import annotations
@@ -20,29 +21,71 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "localexit"
-# At most 15 s of computing a room: the tests that say what its numbers must be, those that fail soonest first.
-_ORACLE = "tests/exits/test_oracle.py"
+# At most about 15 s of computing a mutant: the tests of its file, then those that say what the room's numbers must be,
+# those that fail soonest first.
 _EVERY_RULE = [
-    f"{_ORACLE}::{name}" for name in ("test_without_bias", "test_token_weights_of_both_signs", "test_shapes")
+    f"tests/exits/test_oracle.py::{name}"
+    for name in ("test_without_bias", "test_token_weights_of_both_signs", "test_shapes")
 ]
-TESTS: dict[str, list[str]] = {
+# All but those of their registration, which take as long as the rest.
+_OPERATORS = [
+    *(
+        f"tests/exits/test_operators.py::Test{name}"
+        for name in (
+            *("FeedbackIsUsed", "OtherKindsOfDifferentiation", "Checkpoint", "MirrorPairs", "Autocast", "LossScaling"),
+            *("WorkThatIsNotNeeded", "TokenWeight", "TargetRange"),
+        )
+    ),
+    "tests/exits/test_operators.py::test_draws_advance_with_update",
+]
+
+
+def _files(room: str, *names: str) -> list[str]:
+    return [f"tests/{room}/test_{name}.py" for name in names]
+
+
+ROOM_TESTS: dict[str, list[str]] = {
     "feedback": [
         *_EVERY_RULE,
-        *(f"tests/feedback/test_{name}.py" for name in ("rules", "registry", "factorized", "parallel", "mirror")),
+        *_files("feedback", "rules", "registry", "factorized", "parallel", "mirror"),
         "tests/feedback",
+        "tests/docs/test_rules_page.py",
     ],
-    "exits": [*_EVERY_RULE, _ORACLE, "tests/exits/test_tiled.py", "tests/exits/test_heads.py"],
-    "local": [f"tests/local/test_{name}.py" for name in ("gradients", "units", "refusals", "passthrough")],
+    "exits": [*_files("exits", "golden"), *_EVERY_RULE, *_files("exits", "heads", "tiled", "defects")],
+    "local": _files("local", "gradients", "units", "refusals", "passthrough", "discover", "controls", "memory"),
 }
+# Tests of a file besides those of its name.
+FILE_TESTS: dict[str, list[str]] = {
+    "exits/chunked.py": _files("exits", "filtered", "ranks"),
+    "exits/functional.py": _OPERATORS,
+    "exits/head_operators.py": _OPERATORS,
+    "exits/operators.py": _OPERATORS,
+    "exits/ranks.py": _files("exits", "vocab"),
+    "exits/reference.py": ["tests/exits/test_oracle.py"],
+    "local/average.py": _files("local", "data_parallel", "in_backward"),
+    "local/batch.py": _files("local", "training"),
+    "local/bodies.py": _files("local", "exit_body", "exit_block"),
+    "local/exits.py": _files("local", "exit_body", "saving"),
+    "local/hooks.py": _files("local", "inference", "exit_block", "schedule"),
+    "local/model.py": _files("local", "training", "inference", "schedule", "data_parallel"),
+    "local/predict.py": _files("local", "inference"),
+    "local/sharding.py": _files("local", "data_parallel"),
+    "local/steps.py": _files("local", "training", "router", "schedule"),
+    "local/trace.py": _files("local", "families"),
+}
+# Keywords that decide nothing on a CPU, or for parts that have one length, or where a warning points.
+UNNOTICED = frozenset({"device", "strict", "stacklevel"})
 # CPU seconds: a mutant that hangs is one that was noticed.
 LIMIT = 120
+
+# Asserts and errors say what is wrong with a call: their words are not computed with.
+_SAID = (ast.Raise, ast.Assert, ast.JoinedStr)
 
 COMPARE: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -95,7 +138,7 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.If(test=ast.UnaryOp(op=ast.Not(), operand=test), body=body, orelse=orelse)
         case ast.AugAssign() | ast.Expr(value=ast.Call()):
             yield ast.Pass()
-        case ast.Call(func=func, args=args, keywords=[*_, last]) if last.arg is not None:
+        case ast.Call(func=func, args=args, keywords=[*_, last]) if last.arg not in UNNOTICED | {None}:
             yield ast.Call(func=func, args=args, keywords=node.keywords[:-1])
         case _:
             return
@@ -134,8 +177,8 @@ def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
         if name in ("annotation", "returns", "decorator_list", "type_params", "bases"):
             continue
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            # Asserts and errors say what is wrong with a call: their words are not computed with.
-            if isinstance(child, ast.AST) and not isinstance(child, (ast.Raise, ast.Assert, ast.JoinedStr)):
+            is_unnoticed = isinstance(child, ast.keyword) and child.arg in UNNOTICED
+            if isinstance(child, ast.AST) and not (is_unnoticed or isinstance(child, _SAID)):
                 yield node, name, index, child
                 yield from places(child)
 
@@ -161,9 +204,20 @@ def run_tests(mutant: Mutant | None, room: str, folder: Path) -> int:
         sys.path.insert(0, str(folder))
         os.chdir(ROOT)
         options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow and not long"]
-        os._exit(pytest.main([*options, *TESTS[room]]))
+        os._exit(pytest.main([*options, *tests_of(mutant, room)]))
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
+
+
+def tests_of(mutant: Mutant | None, room: str) -> list[str]:
+    """The tests that are to notice a mutant; all of the room's and its files' for none."""
+    if mutant is None:
+        of_files = [test for name, tests in FILE_TESTS.items() if name.startswith(f"{room}/") for test in tests]
+        return list(dict.fromkeys([*of_files, *ROOM_TESTS[room]]))
+    own = f"tests/{room}/test_{mutant.path.stem}.py"
+    name = str(mutant.path.relative_to(SOURCE))
+    found = [*([own] if (ROOT / own).exists() else []), *FILE_TESTS.get(name, []), *ROOM_TESTS[room]]
+    return list(dict.fromkeys(found))
 
 
 def is_killed(mutant: Mutant, room: str) -> bool:
@@ -188,18 +242,22 @@ def try_all(mutants: Sequence[Mutant], room: str, results: Path) -> None:
             file.write(line + "\n")
 
 
-def read(results: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+def read(results: Path) -> dict[str, bool]:
+    """By mutant, whether it was noticed when it was tried last."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    return {record["mutant"]: record["killed"] for record in map(json.loads, lines)}
 
 
 def main(room: str, num: int, results: Path, seed: int = 0, processes: int = 1) -> None:
     every = [mutant for path in sorted((SOURCE / room).rglob("*.py")) for mutant in mutants_of(path)]
     random.Random(seed).shuffle(every)
     results.parent.mkdir(parents=True, exist_ok=True)
-    tried = {record["mutant"] for record in read(results)}
-    if not tried and run_tests(None, room, SOURCE.parent):
+    if run_tests(None, room, SOURCE.parent):
         sys.exit(f"the tests of {room} fail without any mutant")
-    left = [mutant for mutant in every[:num] if mutant.key not in tried]
+    known = read(results)
+    tried = [mutant for mutant in every if mutant.key in known]
+    fresh = [mutant for mutant in every if mutant.key not in known][: max(0, num - len(tried))]
+    left = [*(mutant for mutant in tried if not known[mutant.key]), *fresh]
     fork = multiprocessing.get_context("fork")
     workers = [fork.Process(target=try_all, args=(left[i::processes], room, results)) for i in range(processes)]
     for worker in workers:
@@ -207,10 +265,13 @@ def main(room: str, num: int, results: Path, seed: int = 0, processes: int = 1) 
     for worker in workers:
         worker.join()
     known = read(results)
-    killed = sum(record["killed"] for record in known)
-    low, high = wilson(killed, len(known))
-    sys.stdout.write(f"{room}: {killed} of {len(known)} killed, {killed / len(known):.1%} ({low:.1%} to {high:.1%})\n")
-    sys.stdout.writelines(f"  survived {record['mutant']}\n" for record in known if not record["killed"])
+    outcome = {mutant.key: known[mutant.key] for mutant in every if mutant.key in known}
+    killed = sum(outcome.values())
+    low, high = wilson(killed, len(outcome))
+    sys.stdout.write(
+        f"{room}: {killed} of {len(outcome)} killed, {killed / len(outcome):.1%} ({low:.1%} to {high:.1%})\n"
+    )
+    sys.stdout.writelines(f"  survived {key}\n" for key, is_killed in outcome.items() if not is_killed)
 
 
 if __name__ == "__main__":
