@@ -146,3 +146,19 @@ def test_a_compressor_computes_what_its_head_feeds_back() -> None:
     assert h.grad is not None
     code = head.compressor.compress(logits.grad, inputs.target)
     assert_close(h.grad, 0.5 * code @ head.U.T, tolerance=1e-12)
+
+
+def test_drop_in_heads_by_default() -> None:
+    """The original's numbers."""
+    factorized = FactorizedExitHead(200, VOCAB)
+    codes = factorized.compressor
+    assert isinstance(codes, HybridTopKTailSketchCompressor)
+    assert (factorized.U.shape, codes.exact_codes.shape, codes.rank_tail, codes.topk) == (
+        (200, 128),
+        (VOCAB, 32),
+        96,
+        8,
+    )
+    assert float(factorized.alpha) == 1
+    assert ExactParallelExitHead(200, VOCAB).mode == "parallel_only"
+    assert ExactParallelExitHead(200, VOCAB, mode="parallel_gold").Q_base.shape == (200, 32)

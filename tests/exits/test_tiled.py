@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from localexit import exit_cross_entropy, exit_step, make_feedback
-from localexit.exits import tiled
+from localexit.exits import functional, tiled
+from localexit.exits.chunked import ExitCall, ExitResult, run_exit
 from localexit.exits.reference import reference_exit
 
 NUM_TOKENS, HIDDEN, VOCAB = 13, 8, 301
@@ -88,6 +89,24 @@ def test_a_step_adds_to_the_accumulators(options: dict[str, Any]) -> None:
     assert relative(step.feedback, expected.feedback) < 1e-10
     assert relative(grad_weight - 1, expected.weight_grad) < 1e-12
     assert relative(grad_bias - 1, expected.bias_grad) < 1e-12
+
+
+def test_the_pass_over_the_chunks_makes_no_dw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles make it: once, not twice."""
+    asked: list[tuple[bool, bool, bool]] = []
+
+    def watched(call: ExitCall, **options: Any) -> ExitResult:
+        asked.append((call.need_hidden, call.need_weight, call.need_bias))
+        return run_exit(call, **options)
+
+    monkeypatch.setattr(functional, "run_exit", watched)
+    case = make_case()
+    sums = {"grad_weight": torch.zeros_like(case["weight"]), "grad_bias": torch.zeros_like(case["bias"])}
+    arguments = (case["hidden"], case["weight"], case["target"])
+    rule = make_feedback("dense", HIDDEN, VOCAB)
+    exit_step(*arguments, feedback=rule, linear_bias=case["bias"], preset="memory", **sums)
+    assert asked == [(True, False, False)]
+    assert all(tensor.any() for tensor in sums.values())
 
 
 def test_frozen_parts_get_nothing() -> None:
