@@ -56,7 +56,12 @@ def _gpt2_parts(model: Any) -> Parts:
     def embed(ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return body.wte(ids) + body.wpe(torch.arange(ids.shape[1])), ()
 
-    return Parts(embed=embed, blocks=body.h, run=lambda b, h: b(h), norm=body.ln_f, head=model.lm_head)
+    def run(block: nn.Module, hidden: Tensor) -> Tensor:
+        out: Tensor | tuple[Tensor, ...] = block(hidden)
+        # The first versions of transformers 5 return a tuple.
+        return out[0] if isinstance(out, tuple) else out
+
+    return Parts(embed=embed, blocks=body.h, run=run, norm=body.ln_f, head=model.lm_head)
 
 
 def explicit_step(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 VOCAB, LENGTH = 61, 16
 # What exceeds this kept a size of the published models: it needs an entry in OTHER_SIZES.
 MOST_PARAMETERS = 30_000_000
+
+BROKEN_AT_FIRST = ("phi", "jetmoe", "granitemoe")
 
 # Passed to every configuration that has the field.
 SIZES: dict[str, Any] = {
@@ -210,6 +213,14 @@ def tiny_model(name: str, **changes: Any) -> nn.Module:
         raise NotTriedError(f"{num_parameters:,} parameters at the smallest sizes this test knows")
     torch.manual_seed(0)
     return model_class(config).train()
+
+
+def skip_if_broken(name: str) -> None:
+    """End a test of a family that cannot be made, or records no router logits, in the first transformers 5."""
+    import transformers
+
+    if name in BROKEN_AT_FIRST and transformers.__version__.startswith("5.0."):
+        pytest.skip(f"{name} is broken in transformers {transformers.__version__}")
 
 
 def token_ids() -> Tensor:

@@ -140,13 +140,16 @@ class Display:
         self._task: TaskID = self._progress.add_task("", total=num_steps, completed=first_step, numbers="")
 
     def __enter__(self) -> Display:
-        self._progress.start()
+        if self._console.is_terminal:
+            self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        # Old versions of rich end a bar that is disabled with an empty line.
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def step(self, result: StepResult) -> None:
         """After an optimiser step."""
