@@ -68,7 +68,7 @@ class Sizes:
 TINY = Sizes(
     width=16,
     heads=2,
-    blocks=4,
+    blocks=8,
     vocab=64,
     rows=2,
     context=8,

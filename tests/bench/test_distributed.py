@@ -41,16 +41,17 @@ def numbers(content: Any) -> list[float]:
 
 
 @pytest.mark.slow
-def test_every_part_is_recorded(tmp_path: Path) -> None:
-    replies = rank_replies(run, 2, tmp_path / "out.json", timeout=240)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_every_part_is_recorded(num_ranks: int, tmp_path: Path) -> None:
+    replies = rank_replies(run, num_ranks, tmp_path / "out.json", timeout=240)
     assert [error for error, _ in replies if error] == []
     content = json.loads((tmp_path / "out.json").read_text())
-    assert content["ranks"] == 2
+    assert content["ranks"] == num_ranks
     for part in load().PARTS:
         found = numbers(content[part])
         assert found
         assert all(math.isfinite(number) for number in found)
-    assert content["pipeline"]["1f1b"]["tokens_per_second"]["2"] > 0
+    assert content["pipeline"]["1f1b"]["tokens_per_second"][str(num_ranks)] > 0
     assert content["vocab_parallel"]["dense"]["sent_mib"] > 0
 
 

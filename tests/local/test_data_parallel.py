@@ -10,9 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers.ranks import run_ranks
@@ -297,18 +296,6 @@ def test_bf16_autocast() -> None:
     alone = loss_in_bf16()
     for losses in run_ranks(loss_in_bf16, 2):
         torch.testing.assert_close(losses, alone, rtol=0.01, atol=0.0)
-
-
-def refused_unembedding() -> None:
-    model = ChoosyDecoder()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh, [Shard(0)]))
-    with pytest.raises(ValueError, match="head.weight is a DTensor.*call exit_step\\(\\) or exit_cross_entropy"):
-        attach(model)
-
-
-def test_an_unembedding_that_is_spread_over_ranks_is_refused() -> None:
-    run_ranks(refused_unembedding, 2)
 
 
 def gradients_of_unreached() -> dict[str, Tensor]:

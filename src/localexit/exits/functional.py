@@ -15,7 +15,7 @@ from localexit.exits.loss import LossOptions
 from localexit.exits.operators import exit_loss
 from localexit.exits.ranks import DataParallel, VocabParallel, choose_among_ranks
 from localexit.exits.tiled import add_tiled_grads
-from localexit.exits.vocab import local_weight, refuse_unsupported, sharded_loss, sharded_stages
+from localexit.exits.vocab import local_part, local_weight, refuse_unsupported, sharded_loss, sharded_stages
 from localexit.feedback.base import Feedback, accumulate_dtype
 from localexit.feedback.draws import choice_keys, choose_rows, stratified_uniforms
 from localexit.feedback.registry import from_spec
@@ -220,6 +220,7 @@ def exit_cross_entropy(
         RuntimeError: in a second differentiation, and under the transforms of `torch.func`.
     """
     linear_weight, vocab_parallel = local_weight(linear_weight, vocab_parallel)
+    linear_bias = local_part("linear_bias", linear_bias, vocab_parallel is not None)
     _checks.reverse_mode(input=input, linear_weight=linear_weight, linear_bias=linear_bias, token_weight=token_weight)
     call = _build_call(
         input,
@@ -321,7 +322,7 @@ def exit_step(
             data_parallel, vocab_parallel: see `exit_cross_entropy`; a loss scale goes into `token_weight`. reduction
             "none" is not for a function without a backward.
         grad_weight: [V, D] in fp32 (fp64 for fp64 products), dW is added to it in place; None skips dW. For fp32
-            weights `linear_weight.grad` may be passed itself.
+            weights `linear_weight.grad` may be passed itself, a `DTensor` like the weight if that is one.
         grad_bias: [V], likewise for db.
         need_feedback: False skips the feedback, e.g. for a unit without trainable parameters.
 
@@ -329,8 +330,12 @@ def exit_step(
         TypeError, ValueError: see `exit_cross_entropy`; or an accumulator of the wrong shape or dtype.
     """
     _checks.choice("reduction", reduction, ("mean", "sum"))
-    linear_weight, vocab_parallel = local_weight(linear_weight, vocab_parallel)
     with torch.no_grad():
+        linear_weight, vocab_parallel = local_weight(linear_weight, vocab_parallel)
+        linear_bias, grad_weight, grad_bias = (
+            local_part(name, tensor, vocab_parallel is not None)
+            for name, tensor in (("linear_bias", linear_bias), ("grad_weight", grad_weight), ("grad_bias", grad_bias))
+        )
         call = _build_call(
             input,
             linear_weight,

@@ -11,6 +11,7 @@ from localexit import _checks
 from localexit.exits.backends import BACKENDS, Backend
 from localexit.exits.functional import PRESETS, Preset, Reduction, exit_cross_entropy, product_dtype
 from localexit.exits.head_operators import exit_logits
+from localexit.exits.vocab import local_weight
 from localexit.feedback.base import Error, Feedback, spec_text
 from localexit.feedback.codes import (
     count_sketch,
@@ -76,10 +77,7 @@ class ExitHead(nn.Module):
         _checks.floating("weight", weight)
         self.weight = weight
         self.bias = nn.Parameter(torch.zeros_like(weight[:, 0])) if bias else None
-        if isinstance(feedback, str):
-            feedback = make_feedback(feedback, hidden_size, vocab_size, seed=seed).to(weight.device)
-        self.feedback = feedback
-        _checks.feedback_fits(feedback, weight, weight)
+        self.feedback = feedback_for(feedback, weight, seed=seed)
         self.reduction: Reduction = reduction
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
@@ -129,6 +127,26 @@ class ExitHead(nn.Module):
         """Sizes and options."""
         vocab_size, hidden_size = self.weight.shape
         return f"{hidden_size}, {vocab_size}, reduction={self.reduction!r}, softcap={self.softcap}"
+
+
+def feedback_for(feedback: str | Feedback, weight: Tensor, *, seed: int) -> Feedback:
+    """The rule of the exits of an unembedding [V, D]; this rank's part of it, where the unembedding is spread by rows.
+
+    Args:
+        feedback: the rule for all V tokens, or its name.
+        weight: the unembedding.
+        seed: of a rule given by name.
+
+    Raises:
+        TypeError, ValueError: the rule does not fit, or the unembedding is spread otherwise.
+    """
+    vocab_size, hidden_size = weight.shape
+    mine, vocab_parallel = local_weight(weight, None)
+    if isinstance(feedback, str):
+        feedback = make_feedback(feedback, hidden_size, vocab_size, seed=seed)
+        return (feedback if vocab_parallel is None else vocab_parallel.shard(feedback)).to(weight.device)
+    _checks.feedback_fits(feedback, mine, weight)
+    return feedback if vocab_parallel is None else vocab_parallel.shard(feedback)
 
 
 def orthonormal_columns(

@@ -124,10 +124,13 @@ class VocabParallel:
         # Pairs that a mirror has collected are of all rows.
         part.discard()
         part.vocab_size = self.rows.stop - self.rows.start
-        for name, buffer in feedback.named_buffers():
-            if buffer.dim() and buffer.shape[0] == self.vocab_size and name not in _OF_HIDDEN:
-                part.register_buffer(name, buffer[self.rows].clone())
+        for name in _row_buffers(feedback):
+            part.register_buffer(name, getattr(feedback, name)[self.rows].clone())
         return part
+
+    def parts(self, part: Feedback) -> list[Tensor]:
+        """The tensors of a rule's part that belong to this rank's rows, and not to all ranks."""
+        return [getattr(part, name) for name in _row_buffers(part)]
 
     def total(self, part: Tensor) -> Tensor:
         """The sum of the ranks' parts."""
@@ -145,6 +148,15 @@ class VocabParallel:
         """Tokens as rows of this rank, 0 where they are elsewhere; whether they are here."""
         is_here = (ids >= self.rows.start) & (ids < self.rows.stop)
         return torch.where(is_here, ids - self.rows.start, 0), is_here
+
+
+def _row_buffers(feedback: Feedback) -> list[str]:
+    """Names of the buffers that have a row for each token the rule is made for."""
+    return [
+        name
+        for name, buffer in feedback.named_buffers()
+        if buffer.dim() and buffer.shape[0] == feedback.vocab_size and name not in _OF_HIDDEN
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,22 @@ def local_weight(weight: Any, vocab_parallel: VocabParallel | None) -> tuple[Ten
     return weight.to_local(), VocabParallel(vocab_size=weight.shape[0], group=weight.device_mesh.get_group())
 
 
+def local_part(name: str, tensor: Any, is_sharded: bool) -> Any:
+    """This rank's part of what has a row for each token, for an unembedding that is a sharded `DTensor` or not.
+
+    Raises:
+        ValueError: it is a `DTensor` that is not sharded by rows.
+    """
+    if not hasattr(tensor, "placements"):
+        return tensor
+    if is_sharded and not all(placement.is_shard(0) for placement in tensor.placements):
+        raise ValueError(
+            f"{name} is a DTensor with placements {list(tensor.placements)}, but linear_weight is sharded by rows; "
+            f"distribute it with [Shard(0)] too"
+        )
+    return tensor.to_local()
+
+
 def refuse_unsupported(call: ExitCall, reduction: str) -> None:
     """Refuse what is not there for shards.
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from localexit import _checks
-from localexit.exits.ranks import DataParallel
-from localexit.feedback import Feedback, make_feedback
+from localexit.exits.heads import feedback_for
+from localexit.exits.ranks import DataParallel, VocabParallel
+from localexit.exits.vocab import local_weight
+from localexit.feedback import Feedback
 from localexit.local.bodies import add_bodies
 from localexit.local.discover import Anatomy, discover
 from localexit.local.exits import Exit, Readout, make_exits, warn_if_scale_invariant
 from localexit.local.model import LocalModel
 from localexit.local.schedule import ExitSchedule
-from localexit.local.sharding import is_sharded, reshard, sharded_modules
+from localexit.local.sharding import is_sharded, parameters_of_blocks, reshard, shard_of, sharded_modules
 from localexit.local.steps import LossSettings
 from localexit.local.trace import random_ids
 from localexit.local.units import exit_blocks, make_units
@@ -83,6 +85,10 @@ def attach(
             one computes; with "deferred" call `LocalModel.average_gradients()`, or wrap the result in DDP. Blocks may
             be wrapped in DDP, or sharded with `fully_shard`, one by one and before.
 
+    An unembedding that is a `DTensor` sharded by rows over a mesh of one dimension (by `parallelize_module`, or
+    `distribute_tensor`) makes every exit vocabulary parallel: the ranks of that mesh need the same batches and dropout,
+    and the rule, made for all V tokens, is divided among them.
+
     Raises:
         ValueError: an option is out of range, the model's parts cannot be found, its logits cannot be reproduced, it is
             attached already, or it is compiled as a whole.
@@ -102,7 +108,8 @@ def attach(
     reshard(sharded_modules(model))
     model_exits, exit_norms = make_exits(exit_blocks(exits, len(anatomy.blocks)), anatomy, exit_norm)
     model_exits, exit_bodies = add_bodies(model, model_exits, anatomy, exit_body, example=example, seed=seed)
-    rule = _rule(feedback, anatomy.unembedding.weight, seed=seed)
+    vocab_parallel = _vocab_parallel(model, anatomy)
+    rule = feedback_for(feedback, anatomy.unembedding.weight, seed=seed)
     warn_if_scale_invariant(model_exits, anatomy.example_hidden, rule.name)
     units, shared = make_units(
         model,
@@ -128,25 +135,64 @@ def attach(
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             data_parallel=data_parallel,
+            vocab_parallel=vocab_parallel,
         ),
         backward_mode=backward,
         exit_weights=exit_weights,
         schedule=schedule,
     )
-    if data_parallel is not None:
-        _start_from_first_rank(local, data_parallel)
+    _start_from_first_rank(local)
     return local
 
 
-def _start_from_first_rank(local: LocalModel, ranks: DataParallel) -> None:
+def _start_from_first_rank(local: LocalModel) -> None:
     """Give all ranks the first one's parameters, and its rule's seed and state, whatever each was built with."""
-    for tensor in (*local.parameters(), *local.buffers()):
-        # A sharded tensor is one tensor already.
-        if not is_sharded(tensor):
-            ranks.copy_from_first(tensor)
-    seed = local.feedback.get_extra_state().to(local.feedback.step.device)
-    ranks.copy_from_first(seed)
-    local.feedback.set_extra_state(seed)
+    rule, ours = local.feedback, parameters_of_blocks(local.model)
+    vocab, data = local.vocab_parallel, local.data_parallel
+    # A parameter that is spread over ranks is one already; each rank that shares an unembedding has rows of a rule.
+    if vocab is not None:
+        of_rows = {id(buffer) for buffer in vocab.parts(rule)}
+        same = (*local.parameters(), *local.buffers())
+        _copy_from_first([t for t in same if not is_sharded(t) and id(t) not in of_rows], rule, vocab.group)
+    if data is not None:
+        every = [shard_of(t.detach()) for t in (*local.parameters(), *local.buffers()) if id(t) not in ours]
+        _copy_from_first(every, rule, data.group)
+
+
+def _copy_from_first(tensors: Sequence[Tensor], rule: Feedback, group: dist.ProcessGroup | None) -> None:
+    seed = rule.get_extra_state().to(rule.step.device)
+    for tensor in (*tensors, seed):
+        dist.broadcast(tensor.detach(), group=group, group_src=0)
+    rule.set_extra_state(seed)
+
+
+def _vocab_parallel(model: nn.Module, anatomy: Anatomy) -> VocabParallel | None:
+    """The ranks that share the unembedding, if it is a `DTensor`.
+
+    Raises:
+        ValueError: it, or another parameter, is spread over ranks in a way that is not understood.
+    """
+    weight, in_blocks = anatomy.unembedding.weight, parameters_of_blocks(model)
+    spread: dict[str, Any] = {n: p for n, p in model.named_parameters() if is_sharded(p) and id(p) not in in_blocks}
+    if not spread:
+        return None
+    inside = {id(parameter) for block in anatomy.blocks for parameter in block.parameters()}
+    mesh: Any = getattr(weight, "device_mesh", None)
+    for name, parameter in spread.items():
+        is_by_rows = list(map(str, parameter.placements)) == ["S(0)"]
+        if id(parameter) in inside or parameter.device_mesh != mesh or not is_by_rows:
+            raise ValueError(
+                f"{name} is a DTensor with placements {list(parameter.placements)} over {parameter.device_mesh}, but "
+                f"attach() takes parameters that are whole on every rank, blocks that fully_shard() was called on, and "
+                f"an unembedding (and embedding) that is sharded by rows, [Shard(0)], over one mesh of one dimension: "
+                f"of a mesh of several pass mesh['vocab'], its dimension of the vocabulary. Redistribute it, or "
+                f"replace it with its full_tensor()"
+            )
+    if anatomy.unembedding.bias is not None and not is_sharded(anatomy.unembedding.bias):
+        raise ValueError(
+            "the unembedding's bias is whole, but its weight is sharded by rows; distribute it with [Shard(0)] too"
+        )
+    return local_weight(weight, None)[1]
 
 
 def _check_model(model: nn.Module) -> None:
@@ -162,26 +208,9 @@ def _check_model(model: nn.Module) -> None:
             "model is sharded as a whole, and its unembedding has to be whole at every exit; call fully_shard() on "
             "its blocks one by one and not on the model, before attach(..., data_parallel=)"
         )
-    in_blocks = {id(parameter) for module in sharded_modules(model) for parameter in module.parameters()}
-    spread = [name for name, p in model.named_parameters() if is_sharded(p) and id(p) not in in_blocks]
-    if spread:
-        raise ValueError(
-            f"{spread[0]} is a DTensor, but attach() takes parameters that are whole on every rank, or in blocks that "
-            f"fully_shard() was called on; replace it with its full_tensor(). For an unembedding that is spread by "
-            f"rows, call exit_step() or exit_cross_entropy() with it"
-        )
     forward = getattr(model.__dict__.get("forward"), "func", None)
     if isinstance(getattr(forward, "__self__", None), LocalModel):
         raise ValueError("model is attached already; call remove() on that LocalModel first")
-
-
-def _rule(feedback: str | Feedback, weight: Tensor, *, seed: int) -> Feedback:
-    vocab_size, hidden_size = weight.shape
-    if isinstance(feedback, str):
-        return make_feedback(feedback, hidden_size, vocab_size, seed=seed).to(weight.device)
-    with torch.no_grad():
-        _checks.feedback_fits(feedback, weight[:0], weight)
-    return feedback
 
 
 def _shared_by_exits(anatomy: Anatomy, exits: Sequence[Exit], exit_norm: str | nn.Module) -> list[nn.Parameter]:

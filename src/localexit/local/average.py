@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from localexit.exits.ranks import DataParallel
-from localexit.local.sharding import is_sharded
+from localexit.local.sharding import parameters_of_blocks, shard_of
 from localexit.local.units import Unit
 
 
@@ -67,9 +67,10 @@ def averaged_here(
     """
     wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     elsewhere = {id(parameter) for wrapper in wrappers for parameter in wrapper.parameters()}
+    elsewhere |= parameters_of_blocks(model)
 
     def mine(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        return [p for p in parameters if id(p) not in elsewhere and not is_sharded(p)]
+        return [p for p in parameters if id(p) not in elsewhere]
 
     return [mine(unit.parameters()) for unit in units], mine(shared)
 
@@ -82,7 +83,8 @@ class _Bucket:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        # Of an unembedding that is spread by rows, this rank's: the ranks that share a batch have the same ones.
+        self._grads = [shard_of(parameter.grad) for parameter in parameters if parameter.grad is not None]
         # Divided first: a sum over many ranks could be too large for fp16.
         self._buffer = torch.cat([grad.flatten() for grad in self._grads]).div_(ranks.size)
         self._work = dist.all_reduce(self._buffer, group=ranks.group, async_op=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from localexit.local.router import Routers, discover_routers
+from localexit.local.sharding import is_sharded, replicating, shard_of, whole
 from localexit.local.trace import Call, Trace, random_ids, trace_forward, undisturbed
 from localexit.local.trees import first_tensor
 
@@ -103,8 +104,14 @@ def scaled_linear(unembedding: nn.Linear, normed: Tensor, scale: float) -> Tenso
     """`scale * (normed @ W.T + b)` with the factor on the D columns of `normed` instead of the V of the logits."""
     bias = unembedding.bias
     if scale == 1.0:
-        return nn.functional.linear(normed, unembedding.weight, bias)
-    return nn.functional.linear(normed * scale, unembedding.weight, None if bias is None else bias * scale)
+        return whole_linear(normed, unembedding.weight, bias)
+    return whole_linear(normed * scale, unembedding.weight, None if bias is None else bias * scale)
+
+
+def whole_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`nn.functional.linear`, its result whole on every rank also where the weight is spread over ranks."""
+    with replicating():
+        return whole(nn.functional.linear(hidden, weight, bias))
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -117,6 +124,7 @@ def _unembedding(model: nn.Module, trace: Trace) -> nn.Linear:
     module = get_output_embeddings() if callable(get_output_embeddings) else None
     if module is None:
         module = next(_linears_to(trace, trace.logits.shape[-1]), None)
+    _refuse_part(model, trace.logits)
     if not _is_unembedding(module) or trace.num_calls[id(module)] != 1:
         found = "none" if module is None else type(module).__name__
         raise ValueError(
@@ -125,6 +133,18 @@ def _unembedding(model: nn.Module, trace: Trace) -> nn.Linear:
             f"got {found}; make the unembedding such a module"
         )
     return module
+
+
+def _refuse_part(model: nn.Module, logits: Tensor) -> None:
+    """Logits must be whole: those of one rank's rows could not be told from those of another model."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_sharded(module.weight):
+            rows, columns = shard_of(module.weight).shape[0], logits.shape[-1]
+            if rows == columns != module.out_features:
+                raise ValueError(
+                    f"model returns the logits of this rank's {columns} tokens only, of V={module.out_features}; "
+                    f"parallelise the unembedding with ColwiseParallel(output_layouts=Replicate())"
+                )
 
 
 def _linears_to(trace: Trace, vocab_size: int) -> Iterator[nn.Linear]:

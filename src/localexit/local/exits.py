@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from localexit.local.bodies import BlockBody, BlockCall
 from localexit.local.discover import Anatomy, apply_tail, capped
+from localexit.local.sharding import replicating, whole
 
 EXIT_NORMS = ("shared", "copy", "none")
 
@@ -83,7 +84,9 @@ class Readout:
 
     def logits(self, exit_: Exit, hidden: Tensor) -> Tensor:
         """Logits [..., V], by the operations of the model's own forward in their order."""
-        logits = self.unembedding(exit_.normed(hidden))
+        normed = exit_.normed(hidden)
+        with replicating():
+            logits = whole(self.unembedding(normed))
         return capped(logits if self.scale == 1.0 else logits * self.scale, self.softcap)
 
 

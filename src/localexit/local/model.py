@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from localexit.exits.ranks import DataParallel
+from localexit.exits.ranks import DataParallel, VocabParallel
 from localexit.local.average import GradientAverage, averaged_here
 from localexit.local.batch import Batch, num_targets, shifted, shifted_weight
 from localexit.local.controls import DirectStep, JointStep
@@ -187,6 +187,23 @@ class LocalModel(nn.Module):
     def data_parallel(self) -> DataParallel | None:
         """The ranks that share each batch, if there are several."""
         return self._settings.data_parallel
+
+    @property
+    def vocab_parallel(self) -> VocabParallel | None:
+        """The ranks that share the unembedding, if it is spread over several."""
+        return self._settings.vocab_parallel
+
+    def refuse_vocab_parallel(self, what: str) -> None:
+        """For what needs the unembedding, or the rule, whole on this rank.
+
+        Raises:
+            ValueError: they are spread over ranks.
+        """
+        if self.vocab_parallel is not None:
+            raise ValueError(
+                f"{what} is not there for an unembedding that is spread over ranks; load the whole parameters into a "
+                f"model of one process, and attach that"
+            )
 
     @property
     def unembedding(self) -> nn.Linear:

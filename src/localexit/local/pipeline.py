@@ -56,6 +56,7 @@ class Pipeline:
                 "a pipeline trains units of a model attached with backward='stream', without data_parallel and with an "
                 "ordinary optimiser; attach it so"
             )
+        local.refuse_vocab_parallel("a pipeline")
         self.local = local
         self.group = group
         self.is_shared = is_shared

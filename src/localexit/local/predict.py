@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from localexit.feedback.base import accumulate_dtype
 from localexit.local.batch import IGNORE_INDEX
 from localexit.local.bodies import BlockCall
-from localexit.local.discover import capped
+from localexit.local.discover import capped, whole_linear
 from localexit.local.exits import Exit
 from localexit.local.steps import Step
 
@@ -72,7 +72,7 @@ class PredictionStep(Step):
 
     def _predict(self, normed: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         readout = self.settings.readout
-        logits = nn.functional.linear(normed, readout.weight, readout.bias())
+        logits = whole_linear(normed, readout.weight, readout.bias())
         log_prob = torch.log_softmax(capped(logits, readout.softcap).to(accumulate_dtype(logits.dtype)), -1)
         best = log_prob.max(-1)
         is_counted = target != IGNORE_INDEX

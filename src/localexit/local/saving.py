@@ -35,6 +35,7 @@ def save_exits(local: LocalModel, folder: str | Path) -> Path:
         The file. Its tensors are the exits' norms and bodies that are not part of the model, and the rule's state; its
         metadata has the arguments of `attach`.
     """
+    local.refuse_vocab_parallel("save_exits()")
     path = Path(folder) / EXITS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(_tensors(local), path, metadata={"format": FORMAT, "attach": json.dumps(_settings(local))})
@@ -99,6 +100,7 @@ def restore_exits(local: LocalModel, folder: str | Path) -> None:
     Raises:
         ValueError: the file is missing or damaged, or has other tensors.
     """
+    local.refuse_vocab_parallel("restore_exits()")
     path = Path(folder) / EXITS_FILE
     try:
         tensors = load_file(path, device=str(local.unembedding.weight.device))

@@ -1,9 +1,10 @@
-"""Blocks that `fully_shard` has spread over ranks, one by one: what local training must know of them."""
+"""Parameters that are spread over ranks: blocks by `fully_shard`, one by one, and the unembedding by rows."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,29 @@ def shard_of(tensor: Tensor) -> Tensor:
     return sharded.to_local() if is_sharded(tensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, put together from all ranks; any other tensor as it is."""
+    sharded: Any = tensor
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
+
+
+@contextmanager
+def replicating() -> Iterator[None]:
+    """Plain tensors inside that meet a `DTensor` in an operation are taken as the same on all its ranks."""
+    if "torch.distributed.tensor" not in sys.modules:
+        yield
+        return
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    with implicit_replication():
+        yield
+
+
+def parameters_of_blocks(model: nn.Module) -> set[int]:
+    """`id` of every parameter that `fully_shard` sees to."""
+    return {id(parameter) for module in sharded_modules(model) for parameter in module.parameters()}
+
+
 def reshard(modules: Iterable[Any]) -> None:
     """Give up the whole parameters of sharded modules, and put the sharded ones in their place.
 
@@ -46,10 +70,16 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
     sharded: list[Any] = [p.grad for p in with_grad if is_sharded(p.grad)]
     if not sharded:
         return nn.utils.clip_grad_norm_(with_grad, max_norm)
-    whole = [p.grad for p in with_grad if p.grad is not None and not is_sharded(p.grad)]
-    norm_of_sharded: Any = nn.utils.get_total_norm(sharded)
-    norm = torch.linalg.vector_norm(torch.stack([norm_of_sharded.full_tensor(), nn.utils.get_total_norm(whole)]))
+    plain = [p.grad for p in with_grad if p.grad is not None and not is_sharded(p.grad)]
+    # Those of one mesh together: the unembedding's ranks need not be those of the blocks.
+    meshes = {
+        grad.device_mesh: [other for other in sharded if other.device_mesh == grad.device_mesh] for grad in sharded
+    }
+    norms: list[Any] = [nn.utils.get_total_norm(grads) for grads in meshes.values()]
+    norm = torch.linalg.vector_norm(
+        torch.stack([*(norm.full_tensor() for norm in norms), nn.utils.get_total_norm(plain)])
+    )
     # As torch does: a tiny summand, and no comparison that a GPU would have to wait for.
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([*whole, *map(shard_of, sharded)], factor)
+    torch._foreach_mul_([*plain, *map(shard_of, sharded)], factor)
     return norm

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from localexit.exits.functional import exit_cross_entropy, exit_step
-from localexit.exits.ranks import DataParallel
+from localexit.exits.ranks import DataParallel, VocabParallel
 from localexit.feedback.base import Feedback, accumulate_dtype
 from localexit.local.average import GradientAverage
 from localexit.local.batch import IGNORE_INDEX, Batch, Seen, num_targets
@@ -60,6 +60,7 @@ class LossSettings:
     label_smoothing: float
     z_loss: float
     data_parallel: DataParallel | None = None
+    vocab_parallel: VocabParallel | None = None
 
 
 @dataclass(kw_only=True)
@@ -328,7 +329,15 @@ class SharedGradient:
         if self.parameter is None:
             return None
         dtype, grad = accumulate_dtype(self.parameter.dtype), self.parameter.grad
-        if grad is not None and grad.dtype == dtype and self.factor == 1.0 and grad.layout == torch.strided:
+        # A tied embedding's backward leaves a whole gradient, also where the parameter is spread over ranks.
+        is_alike = getattr(grad, "placements", None) == getattr(self.parameter, "placements", None)
+        if (
+            grad is not None
+            and is_alike
+            and grad.dtype == dtype
+            and self.factor == 1.0
+            and grad.layout == torch.strided
+        ):
             return grad
         return torch.zeros_like(self.parameter, dtype=dtype, requires_grad=False)
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localexit.local.sharding import replicating, whole
+
 
 @dataclass(kw_only=True)
 class Call:
@@ -64,8 +66,10 @@ def trace_forward(model: nn.Module, example: Tensor | Mapping[str, Any]) -> Trac
     with undisturbed(model), ExitStack() as hooks:
         for handle in _recording_hooks(model, calls):
             hooks.callback(handle.remove)
-        output = run_model(model, example)
-    return Trace(calls=tuple(calls), output=output, logits=logits_of(output))
+        with replicating():
+            output = run_model(model, example)
+        logits = whole(logits_of(output))
+    return Trace(calls=tuple(calls), output=output, logits=logits)
 
 
 def logits_of(output: Any) -> Tensor:

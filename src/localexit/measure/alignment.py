@@ -123,6 +123,7 @@ class Diagnostician:
                 f"local was attached with backward={local.backward_mode!r}, where exits do not train their own units; "
                 f"attach with 'deferred' or 'stream'"
             )
+        local.refuse_vocab_parallel("a diagnosis")
         self._local = local
         self._exits = [_Sums(block_parameters(local, index)) for index in range(local.num_exits)]
         self._exact = _exact_rule(local)

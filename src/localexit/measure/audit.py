@@ -92,6 +92,7 @@ def audit_attached(
         labels: int64 [B, T]; the input by default.
         seed: of random token ids, dropout, and the changes an audit makes.
     """
+    local.refuse_vocab_parallel("an audit")
     copied = copy.deepcopy(local)
     # Whoever steps units in the backward steps them between audits, not in one.
     copied.in_backward = None
