@@ -51,6 +51,10 @@ def reward_weighted(workplace: Path) -> list[str]:
     return [str(workplace / "runs/mine"), "--steps", "2", "--word", "e"]
 
 
+def pipeline_of_units(workplace: Path) -> list[str]:
+    return [str(workplace / "path/to/text/0.txt"), str(workplace / "path/to/staged"), "--steps", "3"]
+
+
 def several_processes(workplace: Path) -> list[str]:
     return [str(workplace / "path/to/text/0.txt"), "--steps", "3"]
 
@@ -73,6 +77,7 @@ ARGUMENTS: dict[str, Callable[[Path], list[str]]] = {
         compare_rules,
         early_exit,
         frozen_model,
+        pipeline_of_units,
         plain_module,
         reward_weighted,
         several_processes,
@@ -89,6 +94,7 @@ PRINTED = {
         "step 2: nats/token by exit [",
         "exits.safetensors; the",
     ),
+    "pipeline_of_units": ("nats/byte by exit after 3 steps",),
     "plain_module": ("exit 2: validation",),
     "reward_weighted": ("step 2: mean reward",),
     "several_processes": ("nats/byte by exit after 3 steps",),
@@ -125,19 +131,20 @@ def test_trainer_goes_on_with_adapters_from_its_checkpoint(
     assert any(not torch.equal(before[name], after[name]) for name in names)
 
 
-def printed_by_rank(arguments: list[str]) -> str:
+def printed_by_rank(name: str, arguments: list[str]) -> str:
     """What the example prints in this process."""
     with redirect_stdout(io.StringIO()) as printed:
-        load("several_processes").main(arguments)
+        load(name).main(arguments)
     return printed.getvalue()
 
 
 @pytest.mark.slow
-def test_several_processes_print_what_one_does(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = several_processes(workplace)
-    replies = rank_replies(printed_by_rank, 2, arguments)
+@pytest.mark.parametrize("name", ["several_processes", "pipeline_of_units"])
+def test_several_processes_print_what_one_does(name: str, workplace: Path) -> None:
+    arguments = ARGUMENTS[name](workplace)
+    replies = rank_replies(printed_by_rank, 2, name, arguments)
     assert [error for error, _ in replies if error] == []
-    assert [printed for _, printed in replies] == [printed_by_rank(arguments), ""]
+    assert [printed for _, printed in replies] == [printed_by_rank(name, arguments), ""]
 
 
 def test_text_that_is_too_short_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
