@@ -33,7 +33,7 @@ _EVERY_RULE = [
     f"tests/exits/test_oracle.py::{name}"
     for name in ("test_without_bias", "test_token_weights_of_both_signs", "test_shapes")
 ]
-# All but those of their registration, which take as long as the rest.
+# All but most of those of their registration, which take as long as the rest.
 _OPERATORS = [
     *(
         f"tests/exits/test_operators.py::Test{name}"
@@ -41,6 +41,10 @@ _OPERATORS = [
             *("FeedbackIsUsed", "OtherKindsOfDifferentiation", "Checkpoint", "MirrorPairs", "Autocast", "LossScaling"),
             *("WorkThatIsNotNeeded", "TokenWeight", "TargetRange"),
         )
+    ),
+    *(
+        f"tests/exits/test_operators.py::TestOpcheck::test_{name}"
+        for name in ("scale_gradients", "exit_logits_backward")
     ),
     "tests/exits/test_operators.py::test_draws_advance_with_update",
 ]
@@ -63,7 +67,7 @@ ROOM_TESTS: dict[str, list[str]] = {
 # Tests of a file besides those of its name.
 FILE_TESTS: dict[str, list[str]] = {
     "exits/chunked.py": _files("exits", "filtered", "ranks"),
-    "exits/functional.py": _OPERATORS,
+    "exits/functional.py": [*_OPERATORS, *_files("exits", "chunked"), *_files("feedback", "mirror")],
     "exits/head_operators.py": _OPERATORS,
     "exits/operators.py": _OPERATORS,
     "exits/ranks.py": _files("exits", "vocab"),
@@ -177,10 +181,15 @@ def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
         if name in ("annotation", "returns", "decorator_list", "type_params", "bases"):
             continue
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            is_unnoticed = isinstance(child, ast.keyword) and child.arg in UNNOTICED
+            is_unnoticed = (isinstance(child, ast.keyword) and child.arg in UNNOTICED) or is_signature(child)
             if isinstance(child, ast.AST) and not (is_unnoticed or isinstance(child, _SAID)):
                 yield node, name, index, child
                 yield from places(child)
+
+
+def is_signature(node: object) -> bool:
+    """Whether a function is there for type checkers alone."""
+    return isinstance(node, ast.FunctionDef) and "overload" in map(ast.unparse, node.decorator_list)
 
 
 def put(parent: ast.AST, name: str, index: int | None, node: ast.AST) -> None:
