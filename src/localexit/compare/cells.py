@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from localexit.train.cache import written_atomically
-from localexit.train.config import FREE_ON_RESUME
+from localexit.train.config import FREE_ON_RESUME, TrainConfig
 
 FORMAT = 1
 FILE_NAME = "cells.jsonl"
@@ -118,9 +118,12 @@ class Cell:
 
 
 def differing_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Fields that two configurations differ in, those aside that do not change a result; and the seed."""
-    names = {*mine, *theirs} - FREE_ON_RESUME - {"seed"}
-    return sorted(name for name in names if mine.get(name) != theirs.get(name))
+    """Fields that two configurations differ in, those aside that do not change a result; and the seed.
+
+    What an earlier version had no field for counts as what that version did.
+    """
+    mine, theirs = (TrainConfig.from_json(config).to_json() for config in (mine, theirs))
+    return sorted(name for name in mine.keys() - FREE_ON_RESUME - {"seed"} if mine[name] != theirs[name])
 
 
 class CellFile:
