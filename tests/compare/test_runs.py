@@ -194,6 +194,11 @@ def test_values_of_a_method_as_written_win_over_those_of_its_name(monkeypatch: p
     assert (found[CODES].lr, found[CODES].unembedding_std) == (0.25, 0.5)
 
 
+def test_b0_has_both_rules_that_reach_the_exact_gradient_with_every_seed() -> None:
+    found = {(one.method, one.config.seed) for one in jobs(PLANS["b0"])}
+    assert found >= {(name, seed) for name in ("mirror_sampled", "anchors_sampled") for seed in range(5)}
+
+
 def test_the_sweep_of_b1_is_of_every_method() -> None:
     assert {Method.parse(one.method).name for one in jobs(PLANS["b1-sweep"])} == set(method_names())
 

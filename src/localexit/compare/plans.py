@@ -92,7 +92,7 @@ class Job:
 
 # M = D/4 in both sizes.
 SMALL_ANCHORS, LARGE_ANCHORS = "anchors:num_anchors=32", "anchors:num_anchors=128"
-MAIN = (EXACT, BACKPROP, "mirror", "mirror_sampled", SMALL_ANCHORS, "dense")
+MAIN = (EXACT, BACKPROP, "mirror_sampled", "anchors_sampled", SMALL_ANCHORS, "dense")
 LARGE_MAIN = (EXACT, BACKPROP, "mirror_sampled", "anchors_sampled", LARGE_ANCHORS)
 # W starts as what the codes stand for.
 CODES = "dense:rank=512@unembedding_init=codes"
@@ -191,7 +191,7 @@ PLANS: dict[PlanName, Plan] = {
             Stage(config=_B1, methods=LARGE_MAIN, seeds=(0, 1, 2), budgets=(400, 1600)),
             Stage(
                 config=_B1,
-                methods=("mirror", "dense:rank=512", CODES, *OTHER_RULES, *OTHER_CONTROLS, *STRUCTURES),
+                methods=("dense:rank=512", CODES, *OTHER_RULES, *OTHER_CONTROLS, *STRUCTURES),
                 seeds=(0,),
                 budgets=(400,),
             ),
