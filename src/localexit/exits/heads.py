@@ -75,6 +75,11 @@ class ExitHead(nn.Module):
         if not isinstance(weight, nn.Parameter):
             raise TypeError(f"weight must be an nn.Parameter to share, got {type(weight).__name__}; pass module.weight")
         _checks.floating("weight", weight)
+        if weight.shape != (vocab_size, hidden_size):
+            raise ValueError(
+                f"weight must be [vocab_size, hidden_size] = [{vocab_size}, {hidden_size}], got {list(weight.shape)}; "
+                f"pass the sizes it was made for"
+            )
         self.weight = weight
         self.bias = nn.Parameter(torch.zeros_like(weight[:, 0])) if bias else None
         self.feedback = feedback_for(feedback, weight, seed=seed)

@@ -47,6 +47,7 @@ def attach(
     Blocks, unembedding and what lies between are found by one traced forward on random tokens, and verified: the
     exits' logits must be the model's. `LocalModel.remove()` undoes everything.
 
+    >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=8, n_embd=12, n_layer=3, n_head=2))
     >>> local = attach(model.train(), exits="every:2")
