@@ -57,6 +57,8 @@ def run_cell(job: Job, *, deadline: float = math.inf) -> Cell:
         ValueError: text, model or rule do not fit the configuration, or the text is not the one wanted.
     """
     start, load_before = time.time(), _load_average()
+    # Now, not at the end: sources may change meanwhile.
+    commit = job.commit or current_commit()
     config = job.config
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -101,7 +103,7 @@ def run_cell(job: Job, *, deadline: float = math.inf) -> Cell:
         corpus=data.record,
         versions=versions(),
         device=device_name(device),
-        commit=job.commit or current_commit(),
+        commit=commit,
         load_average=(load_before, _load_average()),
     )
 
