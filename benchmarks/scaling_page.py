@@ -18,7 +18,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from localexit.report.theme import Color, canvas, figure_style, run_style, to_svg
+from localexit.report.theme import Color, canvas, figure_style, plain_axes, run_style, to_svg
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scaling.md"
@@ -171,10 +171,9 @@ def table(setting: Setting) -> str:
 def figure(setting: Setting) -> bytes:
     """Bytes that a GPU sends in a step, and speed as measured beside speed without any sending, against GPUs."""
     drawn, sent = canvas(10.0, 3.0, right=5.6)
-    speed = drawn.add_axes((0.56, *sent.get_position().bounds[1:2], 0.29, sent.get_position().height))
-    speed.tick_params(length=3)
-    speed.tick_params(axis="y", length=0)
-    speed.spines["left"].set_visible(False)
+    place = sent.get_position()
+    speed = drawn.add_axes((0.56, place.y0, 0.29, place.height))
+    plain_axes(speed)
     colors = [run_style(index)[0] for index in range(len(FORMS))]
     _draw_bytes(sent, setting, colors)
     _draw_speeds(speed, colors)

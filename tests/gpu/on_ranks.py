@@ -21,10 +21,10 @@ from local.rules import RULES, rule
 from local.test_data_parallel import EXACT, batches
 from localexit import DataParallel
 from localexit.local import attach
-from localexit.train import loop, ranks
+from localexit.train import ranks
 from localexit.train.config import TrainConfig
 from localexit.train.trainer import Trainer
-from train.small_runs import train_quietly
+from train.small_runs import die_in_save, train_quietly
 
 
 def trained(name: str, form: str) -> dict[str, torch.Tensor]:
@@ -75,26 +75,13 @@ def killed_in_step() -> None:
     Trainer.train_step = train_step  # type: ignore[method-assign]
 
 
-def killed_in_save() -> None:
-    """The first process is killed while its second checkpoint has a temporary name."""
-    made = loop.save_checkpoint
-
-    def save_checkpoint(folder: Path, snapshot: Any) -> Path:
-        if snapshot.step == 6:
-            (folder / ".unfinished-step-6").mkdir()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return made(folder, snapshot)
-
-    loop.save_checkpoint = save_checkpoint  # type: ignore[attr-defined]
-
-
 def main(what: str, *run: str) -> None:
     if what == "parity":
         parity()
         return
     ranks.TIMEOUT = timedelta(seconds=20)  # type: ignore[misc]
     if what != "resume":
-        {"step": killed_in_step, "save": killed_in_save}[what]()
+        {"step": killed_in_step, "save": die_in_save}[what]()
     config, folder, cache = run
     made = TrainConfig.from_json(json.loads(config))
     train_quietly(made, Path(folder), Path(cache), resume=what == "resume")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from rich.console import Console
 
+from localexit.train import loop
 from localexit.train.config import TrainConfig
 from localexit.train.loop import Outcome, train
 
@@ -60,3 +63,16 @@ def quiet_console() -> Console:
 def train_quietly(config: TrainConfig, run_dir: Path, cache_dir: Path, *, resume: bool = False) -> Outcome:
     """`train` without output."""
     return train(config, run_dir, resume=resume, console=quiet_console(), cache_dir=cache_dir)
+
+
+def die_in_save() -> None:
+    """Have this process killed when its second checkpoint is on disk under a temporary name."""
+    made = loop.save_checkpoint
+
+    def save_checkpoint(folder: Path, snapshot: Any) -> Path:
+        if snapshot.step == 6:
+            (folder / ".unfinished-step-6").mkdir()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made(folder, snapshot)
+
+    loop.save_checkpoint = save_checkpoint  # type: ignore[attr-defined]

@@ -13,12 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.ranks import rank_replies
-from localexit.train import loop
 from localexit.train.config import FeedbackSpec, TrainConfig
 from localexit.train.launch import world_rank
 from localexit.train.loop import Outcome
 from localexit.train.trainer import Trainer
-from train.small_runs import small_config, train_quietly
+from train.small_runs import die_in_save, small_config, train_quietly
 
 
 def config_of(text: Path, **changes: Any) -> TrainConfig:
@@ -189,16 +188,7 @@ def test_a_damaged_shard_is_noticed(text: Path, cache_dir: Path, alone: Path, tm
 
 
 def save_and_die(config: TrainConfig, run: Path, cache_dir: Path) -> Outcome:
-    """The main process is killed when its second checkpoint is on disk under a temporary name."""
-    made = loop.save_checkpoint
-
-    def save_checkpoint(folder: Path, snapshot: Any) -> Path:
-        if snapshot.step == 6:
-            (folder / ".unfinished-step-6").mkdir()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return made(folder, snapshot)
-
-    loop.save_checkpoint = save_checkpoint  # type: ignore[attr-defined]
+    die_in_save()
     return train_quietly(config, run, cache_dir)
 
 

@@ -68,10 +68,6 @@ class DataParallel:
         dist.all_gather(parts, value.contiguous(), group=self.group)
         return torch.cat(parts)
 
-    def copy_from_first(self, tensor: Tensor) -> None:
-        """Overwrite a tensor with what the first rank has."""
-        dist.broadcast(tensor.detach(), group=self.group, group_src=0)
-
 
 @dataclass(frozen=True, kw_only=True)
 class VocabParallel:

@@ -21,18 +21,8 @@ from localexit.kernels.select import select_kernel, weighted_rows_kernel
 # Rows a program of the tiles' error, and of the end of `product_pass`.
 _TILE_ROWS = 4
 _FINISH_ROWS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Tile:
-    """Of `product_pass`: rows and columns of logits a step, and how much of the width at a time."""
-
-    rows: int
-    columns: int
-    depth: int
-
-
-_TILE = _Tile(rows=128, columns=2 * GROUP, depth=64)
+# The tiles of `product_pass`: rows and columns of logits, and how much of the width at a time.
+_PRODUCT_ROWS, _PRODUCT_COLUMNS, _PRODUCT_DEPTH = 128, 2 * GROUP, 64
 
 
 def error_launch(num_rows: int) -> tuple[int, int]:
@@ -163,7 +153,7 @@ def product_pass(
     num_rows, width = hidden.shape
     result = _empty_pass(out, need_stats=False, need_groups=need_groups)
     is_rare = out.new_empty(num_rows, dtype=torch.int8)
-    num_tiles = triton.cdiv(weight.shape[0], _TILE.columns)
+    num_tiles = triton.cdiv(weight.shape[0], _PRODUCT_COLUMNS)
     tile_sum = out.new_empty(num_rows, num_tiles, dtype=torch.float32)
     gold_logit_kernel[(num_rows,)](
         hidden, weight, target, result.gold_logit, width, hidden.stride(0), hidden.stride(1), weight.stride(0),
@@ -212,13 +202,13 @@ def _product(
     group_max, group_sum = (gold_logit, gold_logit) if result is None else (result.group_max, result.group_sum)
     num_programs = _num_processors(hidden.device)
     product_kernel[(num_programs,)](
-        TensorDescriptor.from_tensor(hidden.contiguous(), [_TILE.rows, _TILE.depth]),
-        TensorDescriptor.from_tensor(weight, [_TILE.columns, _TILE.depth]),
-        TensorDescriptor.from_tensor(out, [_TILE.rows, _TILE.columns // 4]),
+        TensorDescriptor.from_tensor(hidden.contiguous(), [_PRODUCT_ROWS, _PRODUCT_DEPTH]),
+        TensorDescriptor.from_tensor(weight, [_PRODUCT_COLUMNS, _PRODUCT_DEPTH]),
+        TensorDescriptor.from_tensor(out, [_PRODUCT_ROWS, _PRODUCT_COLUMNS // 4]),
         gold_logit, log_prob, is_counted, target, tile_sum, group_max, group_sum,
-        num_rows, vocab_size, triton.cdiv(vocab_size, _TILE.columns), triton.cdiv(vocab_size, GROUP),
+        num_rows, vocab_size, triton.cdiv(vocab_size, _PRODUCT_COLUMNS), triton.cdiv(vocab_size, GROUP),
         WIDTH=width, IS_FINAL=is_final, NEED_GROUPS=not is_final and group_max.numel() > 0, PROGRAMS=num_programs,
-        SHARING=16, ROWS=_TILE.rows, COLUMNS=_TILE.columns, DEPTH=_TILE.depth, num_warps=8, num_stages=3,
+        SHARING=16, ROWS=_PRODUCT_ROWS, COLUMNS=_PRODUCT_COLUMNS, DEPTH=_PRODUCT_DEPTH, num_warps=8, num_stages=3,
     )  # fmt: skip
 
 

@@ -70,6 +70,13 @@ def _exponentials(
 
 
 @triton.jit
+def _keep_group(left, right, largest, total, inside):
+    """Maximum and sum of a group of columns, given as two parts of a tile."""
+    tl.store(largest, tl.maximum(tl.max(left, 1), tl.max(right, 1)), mask=inside)
+    tl.store(total, tl.sum(left, 1) + tl.sum(right, 1), mask=inside)
+
+
+@triton.jit
 def product_kernel(
     hidden, weight, values, gold_logit, log_prob, is_counted, target, tile_sum, group_max, group_sum,
     num_rows, vocab_size, num_tiles, num_groups,
@@ -109,58 +116,26 @@ def product_kernel(
         z0, z1 = _halves(left, ROWS, COLUMNS // 2)
         z2, z3 = _halves(right, ROWS, COLUMNS // 2)
         sum0, y0 = _exponentials(
-            z0, reference, gold, gold_value, counts, 0, vocab_size, values, row_start, column_start, IS_FINAL, QUARTER
-        )
+            z0, reference, gold, gold_value, counts, 0, vocab_size, values, row_start, column_start, IS_FINAL, QUARTER,
+        )  # fmt: skip
         sum1, y1 = _exponentials(
-            z1,
-            reference,
-            gold,
-            gold_value,
-            counts,
-            QUARTER,
-            vocab_size,
-            values,
-            row_start,
-            column_start,
-            IS_FINAL,
-            QUARTER,
-        )
+            z1, reference, gold, gold_value, counts, QUARTER, vocab_size, values, row_start, column_start,
+            IS_FINAL, QUARTER,
+        )  # fmt: skip
         groups = rows.to(tl.int64) * num_groups + 2 * column_tile
         if NEED_GROUPS:
-            tl.store(group_max + groups, tl.maximum(tl.max(y0, 1), tl.max(y1, 1)), mask=inside)
-            tl.store(group_sum + groups, tl.sum(y0, 1) + tl.sum(y1, 1), mask=inside)
+            _keep_group(y0, y1, group_max + groups, group_sum + groups, inside)
         sum2, y2 = _exponentials(
-            z2,
-            reference,
-            gold,
-            gold_value,
-            counts,
-            2 * QUARTER,
-            vocab_size,
-            values,
-            row_start,
-            column_start,
-            IS_FINAL,
-            QUARTER,
-        )
+            z2, reference, gold, gold_value, counts, 2 * QUARTER, vocab_size, values, row_start, column_start,
+            IS_FINAL, QUARTER,
+        )  # fmt: skip
         sum3, y3 = _exponentials(
-            z3,
-            reference,
-            gold,
-            gold_value,
-            counts,
-            3 * QUARTER,
-            vocab_size,
-            values,
-            row_start,
-            column_start,
-            IS_FINAL,
-            QUARTER,
-        )
+            z3, reference, gold, gold_value, counts, 3 * QUARTER, vocab_size, values, row_start, column_start,
+            IS_FINAL, QUARTER,
+        )  # fmt: skip
         if NEED_GROUPS:
             has_second = inside & (2 * column_tile + 1 < num_groups)
-            tl.store(group_max + groups + 1, tl.maximum(tl.max(y2, 1), tl.max(y3, 1)), mask=has_second)
-            tl.store(group_sum + groups + 1, tl.sum(y2, 1) + tl.sum(y3, 1), mask=has_second)
+            _keep_group(y2, y3, group_max + groups + 1, group_sum + groups + 1, has_second)
         if not IS_FINAL:
             tl.store(tile_sum + rows.to(tl.int64) * num_tiles + column_tile, sum0 + sum1 + sum2 + sum3, mask=inside)
 

@@ -72,9 +72,9 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
         return nn.utils.clip_grad_norm_(with_grad, max_norm)
     plain = [p.grad for p in with_grad if p.grad is not None and not is_sharded(p.grad)]
     # Those of one mesh together: the unembedding's ranks need not be those of the blocks.
-    meshes = {
-        grad.device_mesh: [other for other in sharded if other.device_mesh == grad.device_mesh] for grad in sharded
-    }
+    meshes: dict[Any, list[Any]] = {}
+    for grad in sharded:
+        meshes.setdefault(grad.device_mesh, []).append(grad)
     norms: list[Any] = [nn.utils.get_total_norm(grads) for grads in meshes.values()]
     norm = torch.linalg.vector_norm(
         torch.stack([*(norm.full_tensor() for norm in norms), nn.utils.get_total_norm(plain)])

@@ -117,10 +117,15 @@ def canvas(width: float, height: float, *, left: float = 0.56, right: float = 0.
     axes = figure.add_axes(
         (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)
     )
+    plain_axes(axes)
+    return figure, axes
+
+
+def plain_axes(axes: Axes) -> None:
+    """Take the marks and the line of the y axis away: the grid is enough."""
     axes.tick_params(length=3)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    return figure, axes
 
 
 def drawable(text: str, limit: int = 28) -> str:
