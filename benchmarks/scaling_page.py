@@ -170,9 +170,11 @@ def table(setting: Setting) -> str:
 @figure_style()
 def figure(setting: Setting) -> bytes:
     """Bytes that a GPU sends in a step, and speed as measured beside speed without any sending, against GPUs."""
-    drawn, sent = canvas(10.0, 3.0, right=5.6)
+    width = 10.8
+    drawn, sent = canvas(width, 3.0, right=width - 4.4)
     place = sent.get_position()
-    speed = drawn.add_axes((0.56, place.y0, 0.29, place.height))
+    # With room for its names on the right.
+    speed = drawn.add_axes((5.6 / width, place.y0, 2.9 / width, place.height))
     plain_axes(speed)
     colors = [run_style(index)[0] for index in range(len(FORMS))]
     _draw_bytes(sent, setting, colors)
