@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import replace
 from functools import partial
@@ -125,9 +126,10 @@ def test_a_peer_that_does_not_run_is_not_available(monkeypatch: pytest.MonkeyPat
     assert "F.linear_cross_entropy" not in {result["name"] for result in measured["results"]}
 
 
-def test_a_peer_that_is_not_installed_says_so() -> None:
+def test_a_peer_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(peers._LOADERS, "quack", lambda: importlib.import_module("a_head_of_nobody"))
     found, reasons = peers.peer_contenders(["quack"], torch.device("cuda"))
-    assert (found, reasons) == ([], {"quack": "package quack is not installed"})
+    assert (found, reasons) == ([], {"quack": "package a_head_of_nobody is not installed"})
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from helpers.budget import assert_close
 from helpers.cases import Inputs, make_inputs, run
 from localexit import ExitHead, WeightMirror, WeightTransport, exit_cross_entropy, exit_step
 from localexit.feedback.draws import UNCOUNTED, choose_rows
-from localexit.feedback.rows import Pairs, unrounded_product
+from localexit.feedback.rows import Pairs
 
 WIDTH, VOCAB = 9, 40
 
@@ -299,15 +299,6 @@ def test_bf16_storage_is_as_good_as_its_precision(sampled: bool) -> None:
     assert rule.rows.dtype == torch.bfloat16
     assert float((rule.rows.float() - weight).norm() / weight.norm()) < 2**-8
     assert run(make_inputs(7, WIDTH, VOCAB).to(torch.float32), rule).feedback.any()
-
-
-def test_the_residual_misses_nothing_of_the_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What a GPU does: exact products of bf16 numbers, summed in fp32.
-    monkeypatch.setattr("localexit.feedback.rows.product", lambda a, b, dtype: a.to(dtype) @ b.to(dtype))
-    inputs = make_inputs(20, WIDTH, VOCAB)
-    rows = inputs.weight.T.bfloat16()
-    actual = unrounded_product(inputs.hidden.float(), rows)
-    assert_close(actual, inputs.hidden @ rows.double(), tolerance=2**-15)
 
 
 def test_an_update_by_parts_is_the_update(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -343,6 +343,18 @@ def test_a_mirror_in_bf16_learns_the_same_by_parts_and_by_the_kernel(monkeypatch
     assert relative(by_kernel, by_parts) < 3 * torch.finfo(torch.bfloat16).eps
 
 
+def test_residuals_of_a_mirror_in_bf16_miss_nothing_of_the_hidden_states() -> None:
+    from localexit.kernels.mirror import residuals
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn(1000, 300, generator=generator, device="cuda").bfloat16()
+    hidden = 3 + 0.1 * torch.randn(150, 300, generator=generator, device="cuda")
+    logits = (hidden.double() @ weight.double().T + 0.01).float()
+    actual = residuals(hidden, logits, weight)
+    # Rounded to bf16 alone, the hidden states would be off by fifty times as much.
+    assert float((actual.double() - 0.01).abs().max()) < 2e-3
+
+
 def test_memory_of_a_stream_does_not_grow_with_depth_under_autocast() -> None:
     """Neither activations, nor the copies of weights that autocast keeps while its region lasts."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""A mirror's correction in one pass against the exact one: never a step of bf16 away, and right on average."""
+"""A mirror's update against the exact one: residuals unrounded, corrections never a step away and right on average."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from localexit.kernels.mirror import correct
+from localexit.kernels.mirror import correct, residuals
 
 NUM_SEEDS = 40
 
@@ -37,6 +37,27 @@ def test_rounds_to_a_neighbour_and_is_exact_on_average(vocab_size: int, width: i
     # To the nearest, the corrections are lost: that is a step of the mirror that never learns.
     nearest = ((exact.bfloat16().double() - exact) / step).abs()
     assert vocab_size == 1 or float(deviation.mean()) < 0.5 * float(nearest.mean())
+
+
+@pytest.mark.parametrize(("vocab_size", "width", "num_pairs"), [(1, 1, 1), (128, 64, 128), (200, 70, 150)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_residuals_miss_nothing_of_the_hidden_states(
+    dtype: torch.dtype, vocab_size: int, width: int, num_pairs: int
+) -> None:
+    """Logits nearly explained: what rounding takes from the hidden states is larger than what is left."""
+    generator = torch.Generator().manual_seed(0)
+    # fp16 in place of bf16, which the interpreter cannot multiply.
+    rows = torch.randn(vocab_size, width, generator=generator).to(dtype)
+    hidden = 3 + 0.1 * torch.randn(num_pairs, width, generator=generator)
+    wrong = 1e-3 * torch.randn(num_pairs, vocab_size, generator=generator)
+    logits = (hidden.double() @ rows.double().T + wrong).float()
+    exact = logits.double() - hidden.double() @ rows.double().T
+    rounded = logits.double() - hidden.to(dtype).double() @ rows.double().T
+    for given in (logits, logits.T.contiguous().T):
+        error = residuals(hidden, given, rows).double() - exact
+        # The sum's rounding in fp32, and the result's own.
+        assert float(error.abs().max()) < 1e-5 * float(logits.abs().max()) + 1e-3 * float(exact.abs().max())
+    assert dtype == torch.float32 or float((rounded - exact).abs().max()) > 10 * float(error.abs().max())
 
 
 def test_operands_may_lie_column_by_column() -> None:

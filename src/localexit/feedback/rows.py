@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from localexit import _checks
-from localexit.feedback.base import Anchors, Error, Tokens, product
+from localexit.feedback.base import Anchors, Error, Tokens
 from localexit.feedback.draws import UNCOUNTED
 from localexit.feedback.ridge import apart_from_mean, ridge_rows
 from localexit.feedback.rounding import round_stochastically, rounding_generator, rounding_seed
@@ -41,16 +41,6 @@ class _Rows(Sampling):
 
     def forward(self, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
         return self._times(error, tokens, *prepared)
-
-
-def unrounded_product(hidden: Tensor, rows: Tensor) -> Tensor:
-    """`hidden @ rows` for hidden [P, D] in fp32 and rows [D, V] in bf16, as two products in bf16 summed in fp32.
-
-    A residual is a small difference of large numbers: what rounding takes from the hidden states must not be missing.
-    """
-    rounded = hidden.to(rows.dtype)
-    left_over = (hidden - rounded).to(rows.dtype)
-    return product(rounded, rows, hidden.dtype) + product(left_over, rows, hidden.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,11 +185,10 @@ class WeightMirror(_Rows):
 
     def _correct_by_kernel(self, hidden: Tensor, logits: Tensor, back: Tensor) -> None:
         # Triton is optional, and slow to import.
-        from localexit.kernels.mirror import correct
+        from localexit.kernels.mirror import correct, residuals
 
-        dtype = self.rows.dtype
-        residual = logits - unrounded_product(hidden, self.rows.T)
-        correct(self.rows, residual.to(dtype), back.to(dtype), seed=rounding_seed(self.seed, self._num_steps))
+        residual = residuals(hidden, logits, self.rows)
+        correct(self.rows, residual, back.to(self.rows.dtype), seed=rounding_seed(self.seed, self._num_steps))
 
     def _correct_by_parts(self, hidden: Tensor, logits: Tensor, back: Tensor) -> None:
         dtype = hidden.dtype
