@@ -170,6 +170,12 @@ def _gpu_aims(content: Content) -> Iterator[Aim]:
     for name, measured in content["shapes"].items():
         if name in MOST_PRODUCTS:
             yield from _shape_aims(name, measured)
+    for measured in content.get("updates", {}).values():
+        for r in measured["results"]:
+            if r["storage"] == "bf16":
+                shape = Shape(**measured["shape"])
+                aim = f"bf16 mirror, {shape}: an update with the pairs of {r['num_exits']} exits, of their time"
+                yield at_most(aim, 100 * r["share"], 5, " %")
     for count, measured in content.get("shared_exits", {}).items():
         worst = max(measured["results"], key=lambda r: r["exit_to_alone"])
         yield at_most(f"{count} exits: each against one alone (`{worst['name']}`)", worst["exit_to_alone"], 1)
@@ -232,6 +238,27 @@ def shared(content: Content) -> str:
     return "\n".join([table(head, rows), "", machine(content, "shared_exits")])
 
 
+def updates(content: Content) -> str:
+    if "updates" not in content:
+        return "Not measured yet: `localexit bench --mirror-updates --output benchmarks/results/exit_gpu.json`."
+    head = ("", "shape", "exits", "ms", "of their time", "B read and written, MiB", "GB/s of that", "extra MiB")
+    rows = [
+        (
+            f"`{r['name']}`",
+            str(Shape(**measured["shape"])),
+            str(r["num_exits"]),
+            f"{r['update_ms']:.2f}",
+            f"{100 * r['share']:.1f} %",
+            f"{r['least_mib']:.0f}",
+            f"{r['least_gb_per_s']:.0f}",
+            "" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}",
+        )
+        for measured in content["updates"].values()
+        for r in measured["results"]
+    ]
+    return "\n".join([table(head, rows), "", machine(content, "updates")])
+
+
 def sweeps(content: Content) -> str:
     if "sweeps" not in content:
         return "Not measured yet: `localexit bench --sweep D --output benchmarks/results/exit_gpu.json`."
@@ -282,6 +309,7 @@ BLOCKS: dict[str, Callable[[Content], str]] = {
     "gpu-roofline": gpu_roofline,
     "gpu-losses": losses,
     "gpu-shared": shared,
+    "gpu-updates": updates,
     "gpu-sweeps": sweeps,
     "gpu-numerics": numerics,
     "cpu-losses": losses,

@@ -94,6 +94,16 @@ def test_exits_that_share_are_judged_by_the_worst_rule(writer: ModuleType, gpu: 
     assert told == {"12 exits: each against one alone (`dense`)": "no"}
 
 
+def test_updates_of_a_mirror_are_judged_where_they_are_stored_in_bf16(writer: ModuleType, gpu: dict[str, Any]) -> None:
+    shape = {"num_tokens": 8, "hidden_size": 4, "vocab_size": 9}
+    told = {}
+    for share in (0.049, 0.051):
+        results = [{"storage": storage, "num_exits": 1, "share": share} for storage in ("fp32", "bf16")]
+        updates = {"here": {"shape": shape, "results": results}}
+        told[share] = reached(writer.gpu_aims({**gpu, "shapes": {}, "shared_exits": {}, "updates": updates}))
+    assert [list(of.values()) for of in told.values()] == [["yes"], ["no"]]
+
+
 def test_a_head_that_was_not_available_is_not_beaten(writer: ModuleType, gpu: dict[str, Any]) -> None:
     measured = gpu["shapes"]["llama"]
     measured["results"] = [r for r in measured["results"] if r["kind"] != "exact"]

@@ -22,7 +22,9 @@ from .shared import measure_shared
 from .sweeps import Sweep
 from .tables import losses_table, shown
 from .timing import Say
+from .updates import measure_updates
 
+_MIRRORS = ("mirror_sampled:storage=fp32", "mirror_sampled:storage=bf16")
 _SHARED_RULES = ("anchors", "dense", "sketch", "hybrid", "mirror_sampled", "transport_sampled")
 
 
@@ -53,15 +55,17 @@ def run_bench(config: BenchConfig) -> str:
 
 
 def run_parts(config: BenchConfig, platform: Platform, results: Results, *, say: Say) -> None:
-    """The sweep, the shared exits, or shapes: what the configuration names."""
+    """The sweep, the shared exits, the mirrors' updates, the errors, or shapes: what the configuration names."""
     sweep = config.sweep_of(platform.device.type)
     if sweep is not None:
         measure_sweep(config, sweep, platform, results, say=say)
     if config.shared_exits:
         measure_exits(config, platform, results, say=say)
+    if config.mirror_updates:
+        measure_mirrors(config, platform, results, say=say)
     if config.numerics:
         measure_errors(config, platform, results, say=say)
-    if sweep is None and not config.shared_exits and not config.numerics:
+    if sweep is None and not (config.shared_exits or config.mirror_updates or config.numerics):
         measure_shapes(config, platform, results, say=say)
 
 
@@ -100,6 +104,19 @@ def measure_exits(config: BenchConfig, platform: Platform, results: Results, *, 
     if not results.has("shared_exits", key, summary={**case.summary(), "rounds": rounds}):
         measured = measure_shared(case, platform, num_exits=config.shared_exits, rounds=rounds, say=say)
         results.add("shared_exits", key, measured=measured)
+
+
+def measure_mirrors(config: BenchConfig, platform: Platform, results: Results, *, say: Say) -> None:
+    """Updates of a mirror on every shape, unless they are in the results."""
+    if platform.device.type == "cpu":
+        platform = replace(platform, peak_mib=_not_measured)
+    rounds = config.rounds or platform.rounds
+    for name in config.shapes or platform.shapes:
+        case = _case(replace(config, modes=("step",)), platform, Shape.parse(name), rules=_MIRRORS)
+        case = replace(case, peers=(), original=None)
+        if not results.has("updates", name, summary={**case.summary(), "rounds": rounds}):
+            results.add("updates", name, measured=measure_updates(case, platform, rounds=rounds, say=say))
+            platform.release()
 
 
 def measure_errors(config: BenchConfig, platform: Platform, results: Results, *, say: Say) -> None:

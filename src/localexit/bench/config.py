@@ -37,6 +37,7 @@ class BenchConfig:
             `shapes`, if one is given.
         values: what that size takes; around the others by default.
         shared_exits: measure this many exits that share one unembedding instead.
+        mirror_updates: measure a mirror's update by itself instead, for each way to store it.
         numerics: tell errors against fp64 instead, in every dtype and where heads are known to go wrong.
         output: JSON file of results; what it holds already is not measured again.
         plots: folder for pictures; that of `output` by default.
@@ -57,6 +58,7 @@ class BenchConfig:
     sweep: Letter | None = None
     values: tuple[int, ...] = ()
     shared_exits: int = 0
+    mirror_updates: bool = False
     numerics: bool = False
     output: Path | None = None
     plots: Path | None = None

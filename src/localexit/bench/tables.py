@@ -24,6 +24,9 @@ def shown(content: dict[str, Any]) -> str:
         shape = Shape(**measured["shape"])
         parts.append(f"{measured['num_exits']} exits that share W: {shape}, median of {measured['rounds']}")
         parts.append(shared_table(measured))
+    for measured in content.get("updates", {}).values():
+        parts.append(f"a mirror's update: {Shape(**measured['shape'])}, median of {measured['rounds']}")
+        parts.append(updates_table(measured))
     for measured in content.get("numerics", {}).values():
         parts.append(f"errors against fp64: {Shape(**measured['shape'])} and V=262144, backend {measured['backend']}")
         parts.append(numerics_table(measured))
@@ -113,6 +116,27 @@ def shared_table(measured: dict[str, Any]) -> str:
             f"{result['exit_to_alone']:.2f}",
             _given(result["alone_peak_mib"], "{:.0f}"),
             _given(result["shared_peak_mib"], "{:.0f}"),
+            "",
+        )
+        for result in measured["results"]
+    ]
+    return aligned(head, rows)
+
+
+def updates_table(measured: dict[str, Any]) -> str:
+    """A mirror's update against its exits, and against reading and writing the mirror once."""
+    head = ("", "exits", "ms", "min-max ms", "an exit ms", "of the exits", "B twice MiB", "GB/s", "extra MiB", "")
+    rows = [
+        (
+            result["name"],
+            str(result["num_exits"]),
+            f"{result['update_ms']:.2f}",
+            f"{result['min_ms']:.2f}-{result['max_ms']:.2f}",
+            f"{result['exit_ms']:.2f}",
+            f"{100 * result['share']:.1f} %",
+            f"{result['least_mib']:.0f}",
+            f"{result['least_gb_per_s']:.0f}",
+            _given(result["peak_mib"], "{:.0f}"),
             "",
         )
         for result in measured["results"]
