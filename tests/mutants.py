@@ -1,25 +1,29 @@
 """Random mistakes in the source, one at a time, and whether the tests of their room notice: `make mutants`.
 
 `python tests/mutants.py ROOM NUM RESULTS [SEED [PROCESSES]]`; `RESULTS` is a file of JSON lines, the last of a mutant
-counts. What was noticed is not tried again; what survived is, for the tests may be better now. A test process imports
-torch once; every mutant runs in a fork of it, so that it costs its tests alone.
+counts. What was noticed is not tried again; what survived is, for the tests may be better now. Mutants that change
+nothing which a test could notice are argued in `data/mutants_equivalent.json`: counted by themselves, never as killed.
+This process imports torch once; every mutant runs in a fork of it, so that it costs its tests alone.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
+import importlib.util
 import json
 import math
-import multiprocessing
 import os
-import random
 import resource
 import shutil
 import signal
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -27,6 +31,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "localexit"
+ARGUED = ROOT / "tests" / "data" / "mutants_equivalent.json"
 # At most about 15 s of computing a mutant: the tests of its file, then those that say what the room's numbers must be,
 # those that fail soonest first.
 _EVERY_RULE = [
@@ -85,11 +90,20 @@ FILE_TESTS: dict[str, list[str]] = {
 }
 # Keywords that decide nothing on a CPU, or for parts that have one length, or where a warning points.
 UNNOTICED = frozenset({"device", "strict", "stacklevel"})
-# CPU seconds: a mutant that hangs is one that was noticed.
-LIMIT = 120
-
-# Asserts and errors say what is wrong with a call: their words are not computed with.
-_SAID = (ast.Raise, ast.Assert, ast.JoinedStr)
+# What ends a process of tests. Any other status says nothing about the mutant: no tests (5), a call that pytest does
+# not take (4), an error of pytest's own (3), a signal that somebody else sent.
+SURVIVED = "survived"
+OUTCOMES: dict[int, str] = {
+    pytest.ExitCode.OK: SURVIVED,
+    pytest.ExitCode.TESTS_FAILED: "failed",
+    pytest.ExitCode.INTERRUPTED: "not importable",
+    -signal.SIGXCPU: "too slow",
+    **{-crash: "crashed" for crash in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT, signal.SIGILL)},
+}
+# Code that is shown as a whole; a condition or a loop is not, for its body is in it.
+PLAIN = (ast.expr, ast.arguments, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return)
+# A mutant may take the CPU time of all tests of the room three times over: more is noticed by whoever waits for it.
+PATIENCE = 3
 
 COMPARE: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -142,98 +156,279 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.If(test=ast.UnaryOp(op=ast.Not(), operand=test), body=body, orelse=orelse)
         case ast.AugAssign() | ast.Expr(value=ast.Call()):
             yield ast.Pass()
-        case ast.Call(func=func, args=args, keywords=[*_, last]) if last.arg not in UNNOTICED | {None}:
-            yield ast.Call(func=func, args=args, keywords=node.keywords[:-1])
+        case ast.Call(func=func, args=args, keywords=[*others, last]) if last.arg not in UNNOTICED | {None}:
+            yield ast.Call(func=func, args=args, keywords=others)
         case _:
             return
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """Something that computes, the classes and functions around it, and the plain statement or expression it is in."""
+
+    scope: tuple[str, ...]
+    whole: ast.AST
+    parent: ast.AST
+    name: str
+    index: int | None
+    node: ast.AST
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """One mistake: the source it is in, and the file with it."""
+    """One mistake, by a name that edits elsewhere in the file do not change."""
 
     path: Path
-    line: int
-    before: str
-    after: str
-    text: str
+    key: str
+    tree: ast.Module = field(repr=False)
+    place: Place = field(repr=False)
+    changed: ast.AST = field(repr=False)
 
-    @property
-    def key(self) -> str:
-        return f"{self.path.relative_to(SOURCE)}:{self.line}: {self.before} -> {self.after}"
+    def text(self) -> str:
+        """The file with the mistake."""
+        put(self.place, self.changed)
+        text = ast.unparse(ast.fix_missing_locations(self.tree))
+        put(self.place, self.place.node)
+        return text
 
 
-def mutants_of(path: Path) -> Iterator[Mutant]:
-    """Every mistake in a file; none in messages, annotations, names of rules and import-time tables of text."""
+def mutants_of(path: Path) -> list[Mutant]:
+    """Every mistake in a file; none in messages, annotations and what is there for type checkers alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for parent, name, index, node in places(tree):
-        for changed in changes(node):
-            put(parent, name, index, changed)
-            text = ast.unparse(ast.fix_missing_locations(tree))
-            put(parent, name, index, node)
-            before, after = (" ".join(ast.unparse(part).split())[:100] for part in (node, changed))
-            yield Mutant(path=path, line=getattr(node, "lineno", 0), before=before, after=after, text=text)
+    seen: Counter[str] = Counter()
+    found = []
+    for place in places(tree):
+        for changed in changes(place.node):
+            where = " ".join([path.relative_to(SOURCE).as_posix(), ".".join(place.scope)]).rstrip()
+            key = f"{where}: {describe(place, changed)}"
+            seen[key] += 1
+            numbered = key if seen[key] == 1 else f"{key} #{seen[key]}"
+            found.append(Mutant(path=path, key=numbered, tree=tree, place=place, changed=changed))
+    return found
 
 
-def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
-    """Parent, field, position and node of everything that computes."""
+def describe(place: Place, changed: ast.AST) -> str:
+    """Both sides of a mistake, with what is around it."""
+    before = unparse(place.whole)
+    put(place, changed)
+    after = unparse(changed if place.whole is place.node else place.whole)
+    put(place, place.node)
+    start = _length_of_common([before, after])
+    end = _length_of_common([before[start:][::-1], after[start:][::-1]])
+    return " -> ".join(_part(side, start - 50, len(side) - end + 20) for side in (before, after))
+
+
+def unparse(node: ast.AST) -> str:
+    """The code of a node on one line; of a condition without what it decides about."""
+    return f"if {ast.unparse(node.test)}" if isinstance(node, ast.If) else " ".join(ast.unparse(node).split())
+
+
+def _length_of_common(texts: Sequence[str]) -> int:
+    return next(
+        (i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), min(map(len, texts))
+    )
+
+
+def _part(text: str, start: int, end: int) -> str:
+    return "…" * (start > 0) + text[max(0, start) : end] + "…" * (end < len(text))
+
+
+def places(node: ast.AST, scope: tuple[str, ...] = (), whole: ast.AST | None = None) -> Iterator[Place]:
+    """Everything that computes below a node."""
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "type_params", "bases"):
             continue
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            is_unnoticed = (isinstance(child, ast.keyword) and child.arg in UNNOTICED) or is_signature(child)
-            if isinstance(child, ast.AST) and not (is_unnoticed or isinstance(child, _SAID)):
-                yield node, name, index, child
-                yield from places(child)
+            if not isinstance(child, ast.AST) or is_unnoticed(child):
+                continue
+            around = child if whole is None and isinstance(child, PLAIN) else whole
+            yield Place(scope=scope, whole=around or child, parent=node, name=name, index=index, node=child)
+            is_scope = isinstance(child, ast.FunctionDef | ast.ClassDef)
+            yield from places(child, (*scope, child.name) if is_scope else scope, around)
 
 
-def is_signature(node: object) -> bool:
-    """Whether a function is there for type checkers alone."""
-    return isinstance(node, ast.FunctionDef) and "overload" in map(ast.unparse, node.decorator_list)
+def is_unnoticed(node: ast.AST) -> bool:
+    """Whether nothing in it is computed with, or nothing that a CPU notices."""
+    match node:
+        case ast.Raise() | ast.Assert() | ast.JoinedStr():
+            # They say what is wrong with a call: their words are not computed with.
+            return True
+        case ast.keyword(arg=arg):
+            return arg in UNNOTICED
+        case ast.FunctionDef(decorator_list=decorators):
+            return "overload" in map(ast.unparse, decorators)
+        case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+            return True
+        case _:
+            return False
 
 
-def put(parent: ast.AST, name: str, index: int | None, node: ast.AST) -> None:
-    if index is None:
-        setattr(parent, name, node)
+def put(place: Place, node: ast.AST) -> None:
+    if place.index is None:
+        setattr(place.parent, place.name, node)
     else:
-        getattr(parent, name)[index] = node
+        getattr(place.parent, place.name)[place.index] = node
 
 
-def run_tests(mutant: Mutant | None, room: str, folder: Path) -> int:
-    """Exit status of the room's tests with a mutant in the source, or without one."""
+class Collection:
+    """A plugin of pytest: whether test files could be imported.
+
+    Where one cannot, pytest calls the tests that were asked for by name a mistake in the call.
+    """
+
+    has_failed = False
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self.has_failed |= report.failed
+
+
+def run_tests(tests: Sequence[str], source: Path) -> int:
+    """pytest's status for tests of the package in a folder. For a process of its own."""
+    sys.path.insert(0, str(source))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    found = importlib.util.find_spec("localexit")
+    assert found is not None, source
+    assert Path(str(found.origin)).is_relative_to(source), found.origin
+    os.chdir(ROOT)
+    collection = Collection()
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow and not long"]
+    status = pytest.main([*options, *tests], plugins=[collection])
+    if status == pytest.ExitCode.USAGE_ERROR and collection.has_failed:
+        return pytest.ExitCode.INTERRUPTED
+    return status
+
+
+def cpu_seconds_without_mutant(room: str) -> float:
+    """What all tests of a room take together; the end of the program, with pytest's words, if they do not pass."""
     child = os.fork()
     if child == 0:
-        if mutant is not None:
-            (folder / "localexit" / mutant.path.relative_to(SOURCE)).write_text(mutant.text, encoding="utf-8")
-        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
-        os.setpgrp()
-        silent = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in (1, 2):
-            os.dup2(silent, descriptor)
-        sys.path.insert(0, str(folder))
-        os.chdir(ROOT)
-        options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow and not long"]
-        os._exit(pytest.main([*options, *tests_of(mutant, room)]))
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+        _end_with(all_tests(room), SOURCE.parent)
+    _, status, usage = os.wait4(child, 0)
+    if os.waitstatus_to_exitcode(status) != pytest.ExitCode.OK:
+        sys.exit(f"the tests of {room} fail without any mutant: status {os.waitstatus_to_exitcode(status)}")
+    return usage.ru_utime + usage.ru_stime
 
 
-def tests_of(mutant: Mutant | None, room: str) -> list[str]:
-    """The tests that are to notice a mutant; all of the room's and its files' for none."""
-    if mutant is None:
-        of_files = [test for name, tests in FILE_TESTS.items() if name.startswith(f"{room}/") for test in tests]
-        return list(dict.fromkeys([*of_files, *ROOM_TESTS[room]]))
-    own = f"tests/{room}/test_{mutant.path.stem}.py"
-    name = str(mutant.path.relative_to(SOURCE))
-    found = [*([own] if (ROOT / own).exists() else []), *FILE_TESTS.get(name, []), *ROOM_TESTS[room]]
-    return list(dict.fromkeys(found))
+def _end_with(tests: Sequence[str], source: Path) -> None:
+    """End this process as its tests do; with an error that is no test's (3), if it gets to none."""
+    status: int = pytest.ExitCode.INTERNAL_ERROR
+    try:
+        status = run_tests(tests, source)
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
 
 
-def is_killed(mutant: Mutant, room: str) -> bool:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        shutil.copytree(SOURCE, folder / "localexit", ignore=shutil.ignore_patterns("__pycache__"))
-        return run_tests(mutant, room, folder) != 0
+def all_tests(room: str) -> list[str]:
+    of_files = [test for name, tests in FILE_TESTS.items() if name.startswith(f"{room}/") for test in tests]
+    return list(dict.fromkeys([*of_files, *ROOM_TESTS[room]]))
+
+
+def tests_of(path: Path, room: str) -> list[str]:
+    """The tests that are to notice a mistake in a file."""
+    own = f"tests/{room}/test_{path.stem}.py"
+    of_file = FILE_TESTS.get(path.relative_to(SOURCE).as_posix(), [])
+    return list(dict.fromkeys([*([own] if (ROOT / own).exists() else []), *of_file, *ROOM_TESTS[room]]))
+
+
+class Trial:
+    """The tests of a mutant, in a process and a group of its own; `close` ends it."""
+
+    def __init__(self, mutant: Mutant, room: str, cpu_limit: int) -> None:
+        self.mutant = mutant
+        self.start = time.monotonic()
+        self._folder = tempfile.TemporaryDirectory()
+        source = Path(self._folder.name)
+        shutil.copytree(SOURCE, source / "localexit", ignore=shutil.ignore_patterns("__pycache__"))
+        (source / "localexit" / mutant.path.relative_to(SOURCE)).write_text(mutant.text(), encoding="utf-8")
+        self.process = os.fork()
+        if self.process == 0:
+            os.setpgrp()
+            # At the second number the kernel sends SIGKILL, which would look like somebody else's.
+            resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, cpu_limit + 60))
+            silent = os.open(os.devnull, os.O_RDWR)
+            for descriptor in (0, 1, 2):
+                os.dup2(silent, descriptor)
+            _end_with(tests_of(mutant.path, room), source)
+
+    def close(self) -> None:
+        # What the tests started may still wait for each other.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process, signal.SIGKILL)
+        self._folder.cleanup()
+
+
+def try_all(mutants: Sequence[Mutant], room: str, results: Path, processes: int, cpu_limit: int) -> None:
+    """Add a line for each mutant to the results, as soon as it is known."""
+    waiting, running = list(reversed(mutants)), dict[int, Trial]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                trial = Trial(waiting.pop(), room, cpu_limit)
+                running[trial.process] = trial
+            process, status = os.wait()
+            trial = running.pop(process)
+            trial.close()
+            record(trial, os.waitstatus_to_exitcode(status), results)
+    finally:
+        for trial in running.values():
+            trial.close()
+
+
+def record(trial: Trial, status: int, results: Path) -> None:
+    key, seconds = trial.mutant.key, time.monotonic() - trial.start
+    if status not in OUTCOMES:
+        sys.exit(f"{key}: the tests ended with status {status}, which says neither killed nor survived")
+    with results.open("a", encoding="utf-8") as file:
+        line = {"mutant": key, "outcome": OUTCOMES[status], "seconds": round(seconds, 1)}
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    sys.stdout.write(f"{seconds:6.1f} s  {OUTCOMES[status]:<14}  {key}\n")
+    sys.stdout.flush()
+
+
+def read(results: Path) -> dict[str, str]:
+    """By mutant, what came of it when it was tried last."""
+    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+    return {record["mutant"]: record["outcome"] for record in map(json.loads, lines)}
+
+
+def argued() -> dict[str, str]:
+    """By mutant, why no test on a CPU could notice it."""
+    return json.loads(ARGUED.read_text(encoding="utf-8"))
+
+
+def in_random_order(mutants: Sequence[Mutant], seed: int) -> list[Mutant]:
+    """An order that each mutant's name decides, so that it stays the same for those that an edit leaves alone."""
+    return sorted(mutants, key=lambda mutant: hashlib.sha256(f"{seed} {mutant.key}".encode()).digest())
+
+
+def main(room: str, num: int, results: Path, seed: int = 0, processes: int = 1) -> None:
+    every = in_random_order(
+        [mutant for path in sorted((SOURCE / room).rglob("*.py")) for mutant in mutants_of(path)], seed
+    )
+    results.parent.mkdir(parents=True, exist_ok=True)
+    cpu_limit = math.ceil(PATIENCE * cpu_seconds_without_mutant(room))
+    known, equivalent = read(results), argued()
+    tried = [mutant for mutant in every if mutant.key in known]
+    fresh = [mutant for mutant in every if mutant.key not in known][: max(0, num - len(tried))]
+    left = [mutant for mutant in [*tried, *fresh] if known.get(mutant.key, SURVIVED) == SURVIVED]
+    try_all([mutant for mutant in left if mutant.key not in equivalent], room, results, processes, cpu_limit)
+    known = read(results)
+    say(room, {mutant.key: known.get(mutant.key, SURVIVED) for mutant in [*tried, *fresh]}, equivalent)
+
+
+def say(room: str, outcomes: dict[str, str], equivalent: dict[str, str]) -> None:
+    """The count of a room, and what survived."""
+    survivors = [key for key, outcome in outcomes.items() if outcome == SURVIVED]
+    killed = len(outcomes) - len(survivors)
+    is_argued = [key for key in survivors if key in equivalent]
+    low, high = wilson(killed, len(outcomes))
+    sys.stdout.write(
+        f"{room}: {killed} of {len(outcomes)} killed, {killed / len(outcomes):.1%} ({low:.1%} to {high:.1%}); "
+        f"{len(is_argued)} argued, {len(survivors) - len(is_argued)} survived\n"
+    )
+    sys.stdout.writelines(f"  argued    {key}: {equivalent[key]}\n" for key in is_argued)
+    sys.stdout.writelines(f"  survived  {key}\n" for key in survivors if key not in equivalent)
 
 
 def wilson(killed: int, total: int) -> tuple[float, float]:
@@ -241,46 +436,6 @@ def wilson(killed: int, total: int) -> tuple[float, float]:
     z, share = 1.96, killed / total
     middle, spread = share + z**2 / (2 * total), z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
     return (middle - spread) / (1 + z**2 / total), (middle + spread) / (1 + z**2 / total)
-
-
-def try_all(mutants: Sequence[Mutant], room: str, results: Path) -> None:
-    """Add a line for each mutant to the results, as soon as it is known."""
-    for mutant in mutants:
-        line = json.dumps({"mutant": mutant.key, "killed": is_killed(mutant, room)})
-        with results.open("a") as file:
-            file.write(line + "\n")
-
-
-def read(results: Path) -> dict[str, bool]:
-    """By mutant, whether it was noticed when it was tried last."""
-    lines = results.read_text().splitlines() if results.exists() else []
-    return {record["mutant"]: record["killed"] for record in map(json.loads, lines)}
-
-
-def main(room: str, num: int, results: Path, seed: int = 0, processes: int = 1) -> None:
-    every = [mutant for path in sorted((SOURCE / room).rglob("*.py")) for mutant in mutants_of(path)]
-    random.Random(seed).shuffle(every)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    if run_tests(None, room, SOURCE.parent):
-        sys.exit(f"the tests of {room} fail without any mutant")
-    known = read(results)
-    tried = [mutant for mutant in every if mutant.key in known]
-    fresh = [mutant for mutant in every if mutant.key not in known][: max(0, num - len(tried))]
-    left = [*(mutant for mutant in tried if not known[mutant.key]), *fresh]
-    fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=try_all, args=(left[i::processes], room, results)) for i in range(processes)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    known = read(results)
-    outcome = {mutant.key: known[mutant.key] for mutant in every if mutant.key in known}
-    killed = sum(outcome.values())
-    low, high = wilson(killed, len(outcome))
-    sys.stdout.write(
-        f"{room}: {killed} of {len(outcome)} killed, {killed / len(outcome):.1%} ({low:.1%} to {high:.1%})\n"
-    )
-    sys.stdout.writelines(f"  survived {key}\n" for key, is_killed in outcome.items() if not is_killed)
 
 
 if __name__ == "__main__":
