@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -54,6 +56,9 @@ def test_an_even_load_costs_as_much_as_there_are_experts_a_token() -> None:
 def test_routers_top_k_and_coefficient_are_found(name: str) -> None:
     skip_if_broken(name)
     model = mixture(name)
+    # Between 5.0 and 5.23 some releases forget what the configuration asks for: there is nothing to find then.
+    if Version(transformers.__version__) < Version("5.23") and not model(token_ids()).router_logits:
+        pytest.skip(f"{name} records no router logits in transformers {transformers.__version__}")
     routers = attach(model, feedback="transport").anatomy.routers
     assert routers is not None
     assert routers.coefficient == COEFFICIENT
