@@ -18,7 +18,7 @@ from helpers.ranks import run_ranks
 from local.decoders import VOCAB, WIDTH, build, gradients
 from local.rules import RULES, attached
 from localexit import DataParallel
-from localexit.local import ExitSchedule, LocalModel, attach
+from localexit.local import ExitSchedule, LocalModel, attach, compile_units
 
 ROWS, LENGTH = 8, 7
 EVERY_EXIT = ExitSchedule()
@@ -74,6 +74,7 @@ def trained(
     decoder: str = "plain",
     schedule: ExitSchedule = EVERY_EXIT,
     exit_body: str = "norm",
+    is_compiled: bool = False,
 ) -> dict[str, Tensor]:
     """Parameters, state and last losses after some steps; clipping included."""
     # Ranks start differently on purpose: attach() makes them equal.
@@ -85,6 +86,8 @@ def trained(
         wrap_blocks(model, wrapper)
     options = {"backward": backward, "data_parallel": ranks, "schedule": schedule, "exit_body": exit_body}
     local = attached(model, name, dtype=dtype, **options)
+    if is_compiled:
+        compile_units(local, backend="aot_eager")
     optimizer = torch.optim.SGD(local.parameters(), lr=0.02, momentum=0.9, foreach=False)
     losses = torch.empty(0)
     for ids, labels in batches(num_steps):
@@ -122,7 +125,7 @@ def on_ranks(rules: tuple[str, ...], options: dict[str, Any]) -> list[dict[str, 
 def check(num_ranks: int, rules: tuple[str, ...], tolerance: dict[str, float], **options: Any) -> None:
     """Every rule with these options, on ranks and in one process."""
     by_rank = run_ranks(on_ranks, num_ranks, rules, options, timeout=240)
-    alone = {key: value for key, value in options.items() if key != "wrapper"}
+    alone = {key: value for key, value in options.items() if key not in ("wrapper", "is_compiled")}
     for index, name in enumerate(rules):
         expected = trained(name, is_alone=True, **alone)
         assert_same([results[index] for results in by_rank], expected, **tolerance)
@@ -150,6 +153,15 @@ def test_every_rule_in_single_precision(num_ranks: int) -> None:
 def test_blocks_wrapped_one_by_one(wrapper: str, backward: str) -> None:
     check(2, ("mirror_sampled", "dense"), EXACT, num_steps=5, wrapper=wrapper, backward=backward)
     check(2, ("mirror",), EXACT, num_steps=5, wrapper=wrapper, backward=backward, accumulate=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["", "DDP", "fully_shard"])
+@pytest.mark.parametrize("backward", ["stream", "deferred"])
+def test_compiled_units(wrapper: str, backward: str) -> None:
+    options: dict[str, Any] = {"wrapper": wrapper, "backward": backward, "num_steps": 3, "is_compiled": True}
+    check(2, ("mirror_sampled",), EXACT, **options)
+    check(2, ("transport",), EXACT, schedule=ExitSchedule(exits_per_step=1), **options)
 
 
 @pytest.mark.slow

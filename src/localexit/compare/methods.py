@@ -17,7 +17,7 @@ EXACT, BACKPROP = "transport", "backprop"
 SAME_FOR_ALL = frozenset(
     {
         *("data", "model", "vocab_size", "feedback", "backward", "train_blocks", "steps", "batch_size", "accumulate"),
-        *("context", "seed", "precision", "device", "threads", "log_every", "eval_every", "eval_tokens"),
+        *("context", "seed", "precision", "device", "threads", "compile", "log_every", "eval_every", "eval_tokens"),
         *("diagnose_every", "checkpoint_every", "prompt", "sample_tokens", "track"),
     }
 )

@@ -1,6 +1,7 @@
 """Train any model unit by unit: find its blocks, give them exits, keep their gradients apart."""
 
 from localexit.local.attach import attach
+from localexit.local.compiled import compile_units
 from localexit.local.discover import Anatomy, discover
 from localexit.local.exits import Exit
 from localexit.local.in_backward import StepInBackward
@@ -22,6 +23,7 @@ __all__ = [
     "StepInBackward",
     "Unit",
     "attach",
+    "compile_units",
     "discover",
     "load_exits",
     "restore_exits",

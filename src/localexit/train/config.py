@@ -32,7 +32,7 @@ UnembeddingInit = Literal["random", "codes"]
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 # They say where and how fast a run computes, not what, or what to do about what ended it: a resume may change them.
-FREE_ON_RESUME = frozenset({"device", "threads", "non_finite", "max_skipped", "track"})
+FREE_ON_RESUME = frozenset({"device", "threads", "compile", "non_finite", "max_skipped", "track"})
 # Fields that runs of the first version do not have, and what those runs did.
 _ADDED_FIELDS: Mapping[str, Any] = {
     "unembedding_std": 0.02,
@@ -47,6 +47,7 @@ _ADDED_FIELDS: Mapping[str, Any] = {
     "token_share": 1.0,
     "shard": False,
     "diagnose_every": 0,
+    "compile": False,
 }
 
 
@@ -145,6 +146,7 @@ class TrainConfig:
         precision: fp32, or bf16 autocast; auto takes bf16 on a GPU.
         device: auto, cpu, cuda, cuda:1, …
         threads: CPU threads; torch's choice by default.
+        compile: train with compiled blocks, which the first step waits for; everything but training stays as it is.
         shard: spread the blocks' parameters, gradients and optimiser state over the processes of the run.
         log_every: steps between training records.
         eval_every: steps between validations; the last step always has one.
@@ -192,6 +194,7 @@ class TrainConfig:
     precision: Precision = "auto"
     device: str = "auto"
     threads: int | None = None
+    compile: bool = False
     shard: bool = False
     log_every: int = 1
     eval_every: int = 100

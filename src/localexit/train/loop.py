@@ -19,6 +19,7 @@ from localexit.feedback.draws import derive_seed
 from localexit.inference.architecture import model_config
 from localexit.inference.sampling import Sampling
 from localexit.inference.text import sample_text
+from localexit.local import compile_units
 from localexit.local.sharding import shard_of
 from localexit.local.units import exit_blocks
 from localexit.train.batches import BatchSampler
@@ -183,6 +184,9 @@ def make_trainer(
         device: where to compute.
         precision: of the products.
         data_parallel: the ranks that share each batch of `config.batch_size`, if there are several.
+
+    Raises:
+        ValueError: model, exits or rule do not fit together, or nothing can be compiled here.
     """
     rank, size = (0, 1) if data_parallel is None else (data_parallel.rank, data_parallel.size)
     vocab_size = data.tokenizer.get_vocab_size()
@@ -190,6 +194,8 @@ def make_trainer(
     # Dropout differs between ranks.
     torch.manual_seed(config.seed if rank == 0 else derive_seed(config.seed, str(rank)))
     local = attach_exits(model, config, device=device, data_parallel=data_parallel)
+    if config.compile:
+        compile_units(local)
     sampler = BatchSampler(
         data.train,
         batch_size=config.batch_size // size,
