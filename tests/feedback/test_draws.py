@@ -100,6 +100,17 @@ def test_stratified_numbers_cover_every_part_uniformly(num: int) -> None:
     assert all(kolmogorov_smirnov(column) < 2.5 for column in parts.T)
 
 
+@pytest.mark.parametrize("num", [3, 5, 7, 11, 28, 49])
+def test_however_a_machine_divides_the_numbers_are_the_same(num: int) -> None:
+    """A GPU multiplies by 1 / num instead: in fp32 that is another number, here it is none."""
+    points = torch.arange(num) + token_uniforms(0, step(0), 0, ROWS, num)
+    in_fp64 = (points.double() * (1 / num)).float().clamp_max(1 - 2.0**-24)
+    assert torch.equal(stratified_uniforms(0, step(0), 0, ROWS, num), in_fp64)
+    # What runs before this was defined drew on a CPU.
+    assert torch.equal(in_fp64, (points / num).clamp_max(1 - 2.0**-24))
+    assert not torch.equal((points * (1 / num)).clamp_max(1 - 2.0**-24), in_fp64)
+
+
 def test_the_largest_stratified_number_is_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = torch.full((1, 16), 1 - 2**-24)
     monkeypatch.setattr(draws, "token_uniforms", lambda *_: largest)

@@ -29,7 +29,7 @@ from localexit import (
 from localexit.exits.functional import WeightGrad
 from localexit.exits.loss import LossOptions
 from localexit.exits.reference import reference_exit
-from localexit.feedback import RULES, rows
+from localexit.feedback import RULES, draws, rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -341,6 +341,23 @@ def test_a_mirror_in_bf16_learns_the_same_by_parts_and_by_the_kernel(monkeypatch
     assert relative(by_parts, case["weight"].double()) < 0.1
     # Rounded at random, each in its own way, three times.
     assert relative(by_kernel, by_parts) < 3 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("is_kernel", [False, True])
+@pytest.mark.parametrize("num", [1, 7, 16, 28])
+def test_draws_are_the_same_bits_on_every_device(num: int, is_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, is_counted = torch.arange(5000), torch.arange(5000) % 3 != 0
+    step = torch.tensor(7)
+    for seed in (0, 3, 2**62 + 12345):
+        expected = draws.stratified_uniforms(seed, step, 2, tokens, num), draws.choice_keys(seed, step, 2, is_counted)
+        with monkeypatch.context() as patched:
+            if not is_kernel:
+                patched.setattr(draws, "runs_kernel", lambda *_: False)
+            assert draws.runs_kernel(step.cuda(), tokens.cuda()) == is_kernel
+            drawn = draws.stratified_uniforms(seed, step.cuda(), 2, tokens.cuda(), num)
+            keys = draws.choice_keys(seed, step.cuda(), 2, is_counted.cuda())
+        assert torch.equal(drawn.cpu(), expected[0])
+        assert torch.equal(keys.cpu(), expected[1])
 
 
 def test_residuals_of_a_mirror_in_bf16_miss_nothing_of_the_hidden_states() -> None:

@@ -437,7 +437,6 @@ def _build_call(
     if reduction == "mean":
         num_items = _divisor(is_counted, num_items, data_parallel)
     row_weight = _row_weight(is_counted, token_weight, num_items, accumulate_dtype(compute_dtype))
-    rows = torch.arange(flat_target.shape[0], device=input.device) + first_row
     draws = (feedback.seed, feedback.step, exit_index)
     call = ExitCall(
         hidden=input.reshape(-1, input.shape[-1]),
@@ -447,7 +446,7 @@ def _build_call(
         row_weight=row_weight,
         compute_dtype=compute_dtype,
         rule=feedback,
-        uniforms=stratified_uniforms(*draws, rows, feedback.num_draws) if feedback.num_draws else None,
+        uniforms=_uniforms(feedback, exit_index, flat_target, first_row),
         options=options,
         chunk_bytes=chunk_bytes,
         need_hidden=need_hidden,
@@ -475,6 +474,14 @@ def _build_call(
     keys = choice_keys(*draws, is_counted, first_row)
     anchors = choose_among_ranks(call.hidden.detach(), keys, feedback.num_anchors, data_parallel)
     return replace(call, anchor_hidden=anchors.hidden, anchor_is_counted=anchors.is_counted)
+
+
+def _uniforms(feedback: Feedback, exit_index: int, target: Tensor, first_row: int) -> Tensor | None:
+    """The rule's draws for each token, if it draws."""
+    if not feedback.num_draws:
+        return None
+    rows = torch.arange(target.shape[0], device=target.device) + first_row
+    return stratified_uniforms(feedback.seed, feedback.step, exit_index, rows, feedback.num_draws)
 
 
 def product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:

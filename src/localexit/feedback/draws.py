@@ -7,6 +7,7 @@ Draws here are a pure function of what they belong to, so the oracle, the CPU lo
 from __future__ import annotations
 
 import hashlib
+from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from localexit import _checks
 
+_HAS_TRITON = find_spec("triton") is not None
 _MASK = 0xFFFFFFFF
 # Odd constants that keep the streams apart; any fixed values do.
 _DRAW_STREAM = 0x2545F491
@@ -50,12 +52,27 @@ def _mix(x: _Bits) -> _Bits:
     return x ^ (x >> 16)
 
 
-def _row_keys(seed: int, stream: int, step: Tensor, exit_index: int, rows: Tensor) -> Tensor:
+def _seed_key(seed: int, stream: int) -> int:
     # Arithmetic all the way, so that torch.compile can trace it: `hashlib` it cannot.
-    seed_key = _mix(_mix((seed & _MASK) ^ stream) ^ (seed >> 32 & _MASK))
-    key = _mix((step & _MASK) ^ seed_key)
-    key = _mix(key + 0x9E3779B9 * (exit_index + 1) & _MASK)
+    return _mix(_mix((seed & _MASK) ^ stream) ^ (seed >> 32 & _MASK))
+
+
+def _exit_term(exit_index: int) -> int:
+    return 0x9E3779B9 * (exit_index + 1) & _MASK
+
+
+def _row_keys(seed: int, stream: int, step: Tensor, exit_index: int, rows: Tensor) -> Tensor:
+    key = _mix((step & _MASK) ^ _seed_key(seed, stream))
+    key = _mix(key + _exit_term(exit_index) & _MASK)
     return _mix(key ^ _mix(rows & _MASK))
+
+
+def runs_kernel(step: Tensor, tokens: Tensor) -> bool:
+    """Whether the hash is one kernel: on a GPU with Triton, unless the compiler traces, which fuses it by itself."""
+    if torch.compiler.is_compiling() or not _HAS_TRITON:
+        return False
+    # A kernel has no use for what stands in for a tensor.
+    return step.is_cuda and tokens.is_cuda and type(step) is Tensor and type(tokens) is Tensor
 
 
 def _to_unit(bits: Tensor) -> Tensor:
@@ -86,10 +103,20 @@ def stratified_uniforms(seed: int, step: Tensor, exit_index: int, rows: Tensor, 
     """Uniform numbers in [0, 1) for each token, number j of them in the j-th of `num` equal parts of [0, 1).
 
     Means over a token's numbers are unbiased as with independent ones, and never have more variance: what differs
-    between the parts is covered instead of drawn. Arguments and result are those of `token_uniforms`.
+    between the parts is covered instead of drawn. Arguments and result are those of `token_uniforms`. The numbers are
+    the same bits on every device.
     """
+    if runs_kernel(step, rows):
+        # Triton is optional, and slow to import.
+        from localexit.kernels.draws import stratified
+
+        seed_key = _seed_key(seed, _DRAW_STREAM)
+        return stratified(step, rows.contiguous(), num, seed_key=seed_key, exit_term=_exit_term(exit_index))
     parts = torch.arange(num, device=rows.device)
-    points = (parts + token_uniforms(seed, step, exit_index, rows, num)) / num
+    points = parts + token_uniforms(seed, step, exit_index, rows, num)
+    # A GPU multiplies by 1 / num, and a compiler may divide less exactly: in fp64 neither changes a bit of the result,
+    # because no such quotient is near the middle of two fp32 numbers.
+    points = (points.double() / num).float()
     # In fp32 the last part's largest numbers would round to 1.
     return points.clamp_max(1 - 2.0**-24)
 
@@ -113,6 +140,11 @@ def choice_keys(
     Returns:
         int64 [N], all different up to 2**30 tokens a step; at least `UNCOUNTED` on tokens that do not count.
     """
+    if runs_kernel(step, is_counted):
+        from localexit.kernels.draws import keys as keys_of
+
+        of_hash = {"seed_key": _seed_key(seed, stream), "exit_term": _exit_term(exit_index)}
+        return keys_of(step, is_counted.contiguous(), first_row, _ROW_BITS, **of_hash)
     rows = torch.arange(is_counted.shape[0], device=is_counted.device, dtype=torch.int64) + first_row
     keys = _row_keys(seed, stream, step, exit_index, rows)
     return torch.where(is_counted, keys, _MASK + 1) * (1 << _ROW_BITS) + rows

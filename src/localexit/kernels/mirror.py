@@ -7,13 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _mixed(x):
-    """As `feedback.draws._mix`, on uint32."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
+from localexit.kernels.draws import mixed
 
 
 @triton.jit
@@ -78,7 +72,7 @@ def correct_kernel(
     place = tokens[:, None].to(tl.int64) * width + cols[None, :]
     inside = token_inside[:, None] & col_inside[None, :]
     total += tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
-    noise = _mixed(place.to(tl.uint32) ^ _mixed(seed + (place >> 32).to(tl.uint32))) >> 16
+    noise = mixed(place.to(tl.uint32) ^ mixed(seed + (place >> 32).to(tl.uint32))) >> 16
     # A carry out of the dropped bits is the step up, also into the exponent.
     bits = (total.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
     tl.store(rows + place, bits.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=inside)
