@@ -3,13 +3,14 @@
 `python tests/mutants.py ROOM NUM RESULTS [SEED [PROCESSES]]`; `RESULTS` is a file of JSON lines, the last of a mutant
 counts. What was noticed is not tried again; what survived is, for the tests may be better now. Mutants that change
 nothing which a test could notice are argued in `data/mutants_equivalent.json`: counted by themselves, never as killed.
-This process imports torch once; every mutant runs in a fork of it, so that it costs its tests alone.
+This process imports what others wrote once; every mutant runs in a fork of it, so that it costs its tests alone.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import importlib.util
 import json
 import math
@@ -102,6 +103,12 @@ OUTCOMES: dict[int, str] = {
 }
 # Code that is shown as a whole; a condition or a loop is not, for its body is in it.
 PLAIN = (ast.expr, ast.arguments, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return)
+# What tests import and nobody changes here.
+FOREIGN = (
+    "torch.distributed.fsdp",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+)
 # A mutant may take the CPU time of all tests of the room three times over: more is noticed by whoever waits for it.
 PATIENCE = 3
 
@@ -291,7 +298,9 @@ def run_tests(tests: Sequence[str], source: Path) -> int:
     assert Path(str(found.origin)).is_relative_to(source), found.origin
     os.chdir(ROOT)
     collection = Collection()
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow and not long"]
+    # Of the plugins only the one that ends tests that hang: the others take a second to start.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "pytest_timeout", "-m", "not slow and not long"]
     status = pytest.main([*options, *tests], plugins=[collection])
     if status == pytest.ExitCode.USAGE_ERROR and collection.has_failed:
         return pytest.ExitCode.INTERRUPTED
@@ -407,6 +416,8 @@ def main(room: str, num: int, results: Path, seed: int = 0, processes: int = 1) 
         [mutant for path in sorted((SOURCE / room).rglob("*.py")) for mutant in mutants_of(path)], seed
     )
     results.parent.mkdir(parents=True, exist_ok=True)
+    for name in FOREIGN:
+        importlib.import_module(name)
     cpu_limit = math.ceil(PATIENCE * cpu_seconds_without_mutant(room))
     known, equivalent = read(results), argued()
     tried = [mutant for mutant in every if mutant.key in known]
