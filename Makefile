@@ -10,7 +10,7 @@ CORE_TESTS := tests/feedback tests/exits tests/local tests/train tests/test_chec
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ci test-all long-run test-min test-package mutants lint format bench tables families coverage clean
+.PHONY: help demo test test-ci test-all long-run test-min test-new test-package mutants lint format bench tables families coverage clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -42,6 +42,13 @@ test-min:  ## the tests that need no other package, with the lowest versions tha
 	.venv-min/bin/python -m pip install --quiet -c constraints-min.txt ".[train]" pytest pytest-timeout hypothesis
 	.venv-min/bin/python -m pip check
 	OMP_NUM_THREADS=1 .venv-min/bin/python -m pytest -m "not slow and not long" $(CORE_TESTS)
+
+test-new:  ## the same tests with the newest versions of everything that is installed, torch included
+	$(PYTHON) -m venv .venv-new
+	.venv-new/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager ".[train]" pytest pytest-timeout hypothesis
+	.venv-new/bin/python -m pip check
+	.venv-new/bin/python -m pip list
+	OMP_NUM_THREADS=1 .venv-new/bin/python -m pytest -m "not slow and not long" $(CORE_TESTS)
 
 test-package:  ## the wheel: built, installed into an empty environment without extras, imported
 	$(PYTHON) -m venv .venv-package
@@ -82,5 +89,5 @@ coverage: $(STAMP)  ## line and branch coverage of src
 	TRITON_INTERPRET=1 $(PYTEST) -m "not long" --cov --cov-append --cov-report=term-missing tests/kernels
 
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) .venv-min .venv-package .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov dist build
+	rm -rf $(VENV) .venv-min .venv-new .venv-package .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov dist build
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

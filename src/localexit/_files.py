@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 # Configurations, states and manifests are kilobytes; what is much larger was not written by us.
 LARGEST_JSON = 16 * 2**20
+# Vocabularies of large models are some 30 MB.
+LARGEST_OF_MODEL = 256 * 2**20
 
 
 def read_json(path: Path) -> Any:
@@ -23,10 +26,51 @@ def read_json(path: Path) -> Any:
         content = file.read(LARGEST_JSON + 1)
     if len(content) > LARGEST_JSON:
         raise ValueError("larger than any that was written")
+    return parse_json(content)
+
+
+def parse_json(content: bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: it is none, or nested too deeply.
+    """
     try:
         return json.loads(content.decode("utf-8"))
     except RecursionError as error:
         raise ValueError("nested deeper than any that was written") from error
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and content of each line of a file that is not blank.
+
+    Raises:
+        ValueError: a line is longer than any that we write.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LARGEST_JSON + 1), b""), start=1):
+            if len(line) > LARGEST_JSON:
+                raise ValueError(f"{path} line {number}: longer than any that was written; delete the line")
+            if line.strip():
+                yield number, line
+
+
+def check_model_files(folder: Path) -> None:
+    """Refuse a folder of a model whose configuration or vocabulary is no file, or larger than any that is known.
+
+    Others read them whole, before they look at them.
+
+    Raises:
+        ValueError: there is such a file.
+    """
+    for path in sorted(folder.glob("*")):
+        if path.suffix not in (".json", ".txt", ".jinja", ".model"):
+            continue
+        if not path.is_file():
+            raise ValueError(f"{path.name}: expected a file, got a folder, device, pipe or broken link")
+        if path.stat().st_size > LARGEST_OF_MODEL:
+            raise ValueError(f"{path.name}: expected at most {LARGEST_OF_MODEL} bytes, got {path.stat().st_size}")
 
 
 def check_links(folder: Path) -> None:

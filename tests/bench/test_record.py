@@ -72,7 +72,11 @@ def test_results_of_other_circumstances_are_not_mixed(change: dict[str, Any], tm
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"benchmark": "exit", "format": 1}', "\x00"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[1]", '{"benchmark": "exit", "format": 1}', "\x00", "[" * 10**6],
+    ids=["empty", "no fields", "a list", "an old format", "NUL", "without bottom"],
+)
 def test_what_is_no_file_of_results_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "file.json").write_text(content)
     with pytest.raises(ValueError, match=r"results: expected a .*got .*file\.json"):

@@ -13,7 +13,7 @@ from localexit.compare.cells import FILE_NAME, Cell, CellFile, check_one_setting
 
 def test_a_cell_reads_back_as_it_was() -> None:
     made = cell("mirror:num_pairs=8", 3, 2.5, diagnostics=({"step": 4, "exits": [{"cosine": 0.5}]},), peak_bytes=7)
-    assert Cell.from_json(made.to_json()) == made
+    assert Cell.from_json(made.to_json().encode()) == made
     assert "\n" not in made.to_json()
 
 
@@ -57,6 +57,13 @@ def test_cells_of_another_text_are_refused_before_they_are_kept(tmp_path: Path) 
 def test_what_is_no_cell_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_text('{"format": 0}\n')
     with pytest.raises(ValueError, match="expected a cell"):
+        CellFile(tmp_path)
+    (tmp_path / FILE_NAME).write_text("[" * 10**6)
+    with pytest.raises(ValueError, match="expected a cell .*nested deeper than any"):
+        CellFile(tmp_path)
+    with (tmp_path / FILE_NAME).open("r+b") as file:
+        file.truncate(10 * 2**30)
+    with pytest.raises(ValueError, match=r"cells\.jsonl line 1: longer than any that was written"):
         CellFile(tmp_path)
     with pytest.raises(ValueError, match="expected a cells.jsonl"):
         read_cells(tmp_path / "nowhere")

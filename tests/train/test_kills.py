@@ -98,6 +98,8 @@ def test_whatever_is_damaged_the_one_before_is_found(tmp_path: Path, num_example
         assert newest.step == 3, (damaged.name, damage.__name__)
         assert len(lines) == 1
         assert lines[0].startswith("skipped checkpoint step-6: ")
+        # A manifest may accuse any file.
+        assert damaged.name == "manifest.json" or f"step-6: {damaged.name} is " in lines[0], (lines[0], damage.__name__)
         shutil.rmtree(folder)
 
 

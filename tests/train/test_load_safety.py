@@ -24,7 +24,7 @@ from localexit.train import checkpoint
 from localexit.train.checkpoint import CheckpointError, load_checkpoint
 from localexit.train.corpus import load_corpus
 from localexit.train.export import load_run
-from localexit.train.models import load_pretrained
+from localexit.train.models import load_pretrained, load_tokenizer
 from train.small_runs import small_config, train_quietly
 
 assert localexit.__file__ is not None
@@ -265,11 +265,42 @@ def test_json_bombs_are_refused(
             train_quietly(small_config(text), run, cache_dir, resume=True)
 
 
-def test_a_line_of_the_log_without_end_is_refused(run: Path) -> None:
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_bombs_in_a_model_are_refused(run: Path, name: str) -> None:
+    grow(run / "model" / name)
+    with pytest.raises(ValueError, match=rf"could not be loaded: {name}: expected at most 268435456 bytes"):
+        load_run(run, device=CPU)
+    nest(run / "model" / name)
+    with pytest.raises(ValueError, match="could not be loaded: "):
+        load_run(run, device=CPU)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_a_model_whose_configuration_is_no_file_is_refused(run: Path, make: Callable[[Path], None]) -> None:
+    (run / "model" / "config.json").unlink()
+    make(run / "model" / "config.json")
+    for load in (load_pretrained, load_tokenizer):
+        with pytest.raises(ValueError, match=r"could not be loaded: config\.json: expected a file"):
+            load(str(run / "model"))
+
+
+def test_a_line_of_the_log_without_end_is_refused(run: Path, text: Path, cache_dir: Path) -> None:
     (run / "metrics.jsonl").write_bytes(b"\0")
     grow(run / "metrics.jsonl")
     with pytest.raises(ValueError, match=r"metrics\.jsonl line 1: longer than any that was written"):
         read_run(run)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1: longer than any that was written"):
+        train_quietly(small_config(text), run, cache_dir, resume=True)
+    assert (run / "metrics.jsonl").stat().st_size == BOMB_BYTES
+
+
+def test_a_line_of_the_log_without_bottom_is_refused_or_dropped(run: Path, text: Path, cache_dir: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('{"kind": "event", "step": 6, "event": ' + "[" * 10**6 + "]" * 10**6 + "}\n")
+    with pytest.raises(ValueError, match="expected a JSON object, got .*nested deeper than any"):
+        read_run(run)
+    assert train_quietly(small_config(text), run, cache_dir, resume=True).status == "finished"
+    read_run(run)
 
 
 def test_a_number_without_end_is_refused(run: Path) -> None:

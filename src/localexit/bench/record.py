@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import localexit
+from localexit._files import read_json
 
 FORMAT = 2
 _SOURCES = Path(__file__).resolve().parents[3]
@@ -109,8 +110,8 @@ def read_results(path: Path) -> dict[str, Any]:
         ValueError: not a file of results, or of another format.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"results: expected a file of `localexit bench --output`, got {path}: {error}") from error
     if not isinstance(content, dict) or content.get("benchmark") != "exit" or content.get("format") != FORMAT:
         raise ValueError(f"results: expected a benchmark of format {FORMAT}, got {path}; measure again")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from localexit._files import parse_json, read_lines
 from localexit.train.cache import written_atomically
 from localexit.train.config import FREE_ON_RESUME, TrainConfig
 
@@ -97,14 +98,14 @@ class Cell:
         return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
 
     @classmethod
-    def from_json(cls, line: str) -> Cell:
-        """Inverse of `to_json`.
+    def from_json(cls, line: bytes) -> Cell:
+        """Inverse of `to_json`, of a line in UTF-8.
 
         Raises:
             ValueError: not a cell of this version.
         """
         try:
-            content = json.loads(line)
+            content = parse_json(line)
             if content.pop("format") != FORMAT:
                 raise ValueError("another format")
             content["valid"] = tuple(Validation(**{**v, "loss": tuple(v["loss"])}) for v in content["valid"])
@@ -176,12 +177,11 @@ def read_cells(path: Path) -> list[Cell]:
     """
     path = path / FILE_NAME if path.is_dir() else path
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return [Cell.from_json(line) for _, line in read_lines(path)]
     except OSError as error:
         raise ValueError(
             f"cells: expected a {FILE_NAME} that `localexit compare` wrote, got {str(path)!r}: {error}"
         ) from error
-    return [Cell.from_json(line) for line in lines]
 
 
 def check_one_text(cells: Sequence[Cell]) -> None:

@@ -6,10 +6,9 @@ parameters). Records that a resume made again count once, as made last.
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localexit._files import LARGEST_JSON
+from localexit._files import parse_json, read_lines
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -148,7 +147,7 @@ def read_records(path: Path) -> Records:
     events: list[Event] = []
     unknown_kinds: Counter[str] = Counter()
     is_truncated = False
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         try:
             record = _parse(line)
             match _text(record, "kind"):
@@ -220,20 +219,10 @@ class _Columns:
         return self.values.setdefault(name, array("d"))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number and content of each line that is not blank."""
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LARGEST_JSON + 1), b""), start=1):
-            if len(line) > LARGEST_JSON:
-                raise ValueError(f"{path} line {number}: longer than any that was written; delete the line")
-            if line.strip():
-                yield number, line
-
-
 def _parse(line: bytes) -> Mapping[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        record = parse_json(line)
+    except ValueError as error:
         raise ValueError(f"expected a JSON object, got {line[:40]!r} ({error})") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {record!r:.40}")

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from localexit._files import parse_json, read_lines
 from localexit.measure import Diagnosis
 from localexit.train.cache import written_atomically
 from localexit.train.evaluate import Validation
@@ -92,11 +93,14 @@ def drop_after(path: Path, step: int) -> None:
     """Drop what was measured after `step`, for a resume from there to measure it again; events stay.
 
     A last line that was cut off in the middle of a write goes too.
+
+    Raises:
+        ValueError: a line is longer than any that was written.
     """
     if not path.exists():
         return
-    with path.open("rb") as old, written_atomically(path) as temporary, temporary.open("wb") as new:
-        for line in old:
+    with written_atomically(path) as temporary, temporary.open("wb") as new:
+        for _, line in read_lines(path):
             if _is_kept(line, step):
                 new.write(line)
         new.flush()
@@ -106,7 +110,7 @@ def drop_after(path: Path, step: int) -> None:
 
 def _is_kept(line: bytes, step: int) -> bool:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         return line.endswith(b"\n") and (record["kind"] == "event" or record["step"] <= step)
     except (ValueError, KeyError, TypeError):
         return False

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.fsdp import fully_shard
 
-from localexit._files import read_json
+from localexit._files import check_model_files, read_json
 from localexit.exits import DataParallel
 from localexit.feedback import Dense
 from localexit.inference.architecture import longest_context
@@ -120,6 +120,7 @@ def load_pretrained(name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
+        check_model_files(Path(source))
         _check_shards(Path(source))
         with without_progress_bars() if Path(source).is_dir() else nullcontext():
             return AutoModelForCausalLM.from_pretrained(
@@ -166,6 +167,7 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, int]:
     from transformers import AutoTokenizer
 
     try:
+        check_model_files(Path(source))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _cannot_load(name, "tokenizer", error) from error
