@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from depth_parts.models import Decoder, Machine
 from localexit import ExitSchedule, LocalModel, StepInBackward, attach, exit_cross_entropy, make_feedback
@@ -123,10 +124,13 @@ def contender(
             with_checkpoints="checkpoints" in kind,
             is_frugal=kind == STEPPED_IN_HOOKS,
         )
-        if kind == STEPPED_IN_HOOKS:
-            optimizer = None
-            step_in_hooks(model)
-        yield Contender(model=model, gradients=gradients, optimizer=optimizer)
+        hooks = step_in_hooks(model) if kind == STEPPED_IN_HOOKS else []
+        optimizer = None if hooks else optimizer
+        try:
+            yield Contender(model=model, gradients=gradients, optimizer=optimizer)
+        finally:
+            for hook in hooks:
+                hook.remove()
         return
     num_blocks = len(model.blocks)
     options_of: dict[str, dict[str, Any]] = {
@@ -138,22 +142,27 @@ def contender(
     }
     local = attach(model, feedback=rule, backward="stream", **options_of[kind])
     stepping = StepInBackward(local, optimizer) if "in backward" in kind and optimizer is not None else optimizer
-    yield Contender(model=model, gradients=local_steps(machine, local), optimizer=stepping, local=local)
-    local.remove()
+    try:
+        yield Contender(model=model, gradients=local_steps(machine, local), optimizer=stepping, local=local)
+    finally:
+        local.remove()
 
 
-def step_in_hooks(model: Decoder) -> None:
+def step_in_hooks(model: Decoder) -> list[RemovableHandle]:
     """An AdamW for each block, which steps as soon as backprop has made the block's gradients, and then frees them.
 
     What is outside of the blocks has one more, for each parameter by itself. Their state is there from the start: made
     in the middle of a backward it would lie between activations, and the memory in between could not be used again.
+
+    Returns:
+        The hooks. A parameter whose hook holds it is never freed: remove them before the model goes.
     """
     outside = [p for module in (model.embed, model.norm, model.unembed) for p in module.parameters()]
-    for group in (*(list(block.parameters()) for block in model.blocks), *([p] for p in outside)):
-        _step_when_all_are_there(group)
+    groups = (*(list(block.parameters()) for block in model.blocks), *([p] for p in outside))
+    return [hook for group in groups for hook in _step_when_all_are_there(group)]
 
 
-def _step_when_all_are_there(parameters: list[nn.Parameter]) -> None:
+def _step_when_all_are_there(parameters: list[nn.Parameter]) -> list[RemovableHandle]:
     optimizer = adamw(parameters, has_state=True)
 
     def arrived(_: Tensor) -> None:
@@ -161,5 +170,4 @@ def _step_when_all_are_there(parameters: list[nn.Parameter]) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-    for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(arrived)
+    return [parameter.register_post_accumulate_grad_hook(arrived) for parameter in parameters]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,6 +74,18 @@ def test_steps_in_hooks_are_the_ordinary_steps() -> None:
     for got, expected in zip(hooked.parameters(), ordinary.parameters(), strict=True):
         assert got.grad is None
         torch.testing.assert_close(got, expected)
+
+
+def test_no_contender_keeps_a_model_that_is_done_with() -> None:
+    machine = Machine(device=torch.device("cpu"), is_fast=False)
+    for kind in largest.LARGEST_KINDS:
+        model = machine.model(SIZES["tiny"].memory)
+        weights = [weakref.ref(parameter) for parameter in model.parameters()]
+        with contender(machine, model, kind, optimizer=adamw(model.parameters())) as made:
+            made.step(machine.ids(SIZES["tiny"].memory, 0))
+        del model, made
+        gc.collect()
+        assert all(weight() is None for weight in weights), kind
 
 
 def test_a_state_that_is_there_from_the_start_changes_nothing() -> None:
