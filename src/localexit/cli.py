@@ -262,7 +262,8 @@ class Compare:
         merge: folders or files with cells of other machines, taken in first.
         processes: cells trained at a time.
         device: auto, cpu, cuda, …; the preset's by default.
-        max_minutes: stop by then; the same command goes on.
+        compile: train all methods with compiled blocks.
+        max_minutes: stop by then, after the step that is being made; the same command goes on, in the middle of a cell.
         commit: of the sources, where git cannot be asked.
         train: off only shows what is there.
     """
@@ -276,6 +277,7 @@ class Compare:
     merge: tuple[Path, ...] = ()
     processes: int = 1
     device: str | None = None
+    compile: bool = False
     max_minutes: float | None = None
     commit: str | None = None
     train: bool = True
@@ -293,6 +295,7 @@ class Compare:
             data=self.data,
             device=self.device,
             commit=self.commit,
+            compile_blocks=self.compile,
         )
         _values.count("processes", self.processes, minimum=1)
         if self.data is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,13 @@ from localexit import cli
 from localexit.compare.cells import CellFile
 from localexit.compare.methods import Method, method_names
 from localexit.compare.plans import CODES, PLANS, Job, jobs, tuned_values
+from localexit.compare.results import groups
 from localexit.compare.runner import missing_jobs, run_jobs
+from localexit.compare.table import group_table
 from localexit.compare.training import OutOfTimeError, run_cell
+from localexit.local import compile_units
 from localexit.train.config import TrainConfig
+from localexit.train.trainer import StepResult, Trainer
 from train.small_runs import small_config, write_corpus
 
 
@@ -122,20 +127,109 @@ def test_processes_give_the_same_cells(base: TrainConfig, tmp_path: Path) -> Non
     assert one == two
 
 
-def test_nothing_half_done_is_kept_when_the_time_is_over(base: TrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(OutOfTimeError):
-        run_cell(job(base, "dense"), deadline=time.time() - 1)
-    cells = CellFile(tmp_path)
-    assert run_jobs([job(base, "dense")], cells, max_seconds=0.0, say=print) == 1
+def test_nothing_is_kept_of_a_cell_that_had_no_time_for_a_step(base: TrainConfig, tmp_path: Path) -> None:
+    cells, wanted = CellFile(tmp_path), job(base, "dense")
+    with pytest.raises(OutOfTimeError, match="dense seed 0 stopped after step 0 of 6; the same command goes on"):
+        run_cell(wanted, deadline=time.time() - 1, unfinished=cells.unfinished(wanted.key))
+    assert run_jobs([wanted], cells, max_seconds=0.0, say=print) == 1
     assert cells.cells == ()
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_what_earlier_cells_took_is_not_started_with_less_time_left(base: TrainConfig, tmp_path: Path) -> None:
+def cut_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Have the time be over after a step of the next cell."""
+    train_step, clock = Trainer.train_step, time.time
+
+    def stepped(self: Trainer) -> StepResult:
+        result = train_step(self)
+        if self.step == step:
+            monkeypatch.setattr("localexit.compare.training.time.time", lambda: clock() + 1e6)
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", stepped)
+
+
+@pytest.mark.parametrize("method", ["mirror_sampled", "anchors_sampled", "backprop", "direct"])
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_cell_cut_in_two_is_the_whole_cell(
+    base: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, step: int
+) -> None:
+    """Cut before the step whose FLOPs are counted, or after a validation and a diagnosis."""
+    steps = () if method in ("backprop", "direct") else (2, 6)
+    wanted = replace(job(base, method), diagnose_steps=steps, diagnose_tokens=64)
+    whole, cells, lines = run_cell(wanted), CellFile(tmp_path), list[str]()
+    with monkeypatch.context() as patch:
+        cut_after(patch, step)
+        assert run_jobs([wanted], cells, max_seconds=600.0, say=lines.append) == 1
+    assert lines == [
+        f"out of time: {wanted.method} seed 0 stopped after step {step} of 6; the same command goes on with it"
+    ]
+    assert cells.cells == ()
+    steps_made = count_steps(monkeypatch)
+    assert run_jobs([wanted], CellFile(tmp_path), max_seconds=600.0, say=print) == 0
+    assert steps_made == list(range(step + 1, 7))
+    (cell,) = CellFile(tmp_path).cells
+    for name in ("valid", "flops_per_token", "exit_flops_per_token", "status", "config", "corpus", "feedback_bytes"):
+        assert getattr(cell, name) == getattr(whole, name), name
+    assert json.loads(cell.to_json())["diagnostics"] == json.loads(whole.to_json())["diagnostics"]
+    assert cell.step_seconds > 0
+    assert list((tmp_path / "unfinished").iterdir()) == []
+
+
+def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that are made from now on."""
+    train_step, made = Trainer.train_step, list[int]()
+
+    def stepped(self: Trainer) -> StepResult:
+        result = train_step(self)
+        made.append(self.step)
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", stepped)
+    return made
+
+
+def test_what_was_left_with_other_settings_is_trained_from_its_beginning(
+    base: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, cells = job(base, "dense"), CellFile(tmp_path)
+    with monkeypatch.context() as patch:
+        cut_after(patch, 2)
+        run_jobs([wanted], cells, max_seconds=600.0, say=print)
+    steps_made = count_steps(monkeypatch)
+    other = job(replace(base, lr=1e-4), "dense")
+    with pytest.warns(UserWarning, match="'dense' was left at step 2 with another config, and is trained from its beg"):
+        run_jobs([other], cells, say=print)
+    assert steps_made == [1, 2, 3, 4, 5, 6]
+    assert cells.cells[0].valid == run_cell(other).valid
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_cells_are_those_of_eager_ones_but_are_not_mixed_with_them(
+    base: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("localexit.train.loop.compile_units", partial(compile_units, backend="aot_eager"))
+    methods, fast = ("transport", "backprop"), replace(base, compile=True)
+    eager, compiled = ([run_cell(job(config, name)) for name in methods] for config in (base, fast))
+    for one, other in zip(compiled, eager, strict=True):
+        assert (one.config["compile"], other.config["compile"]) == (True, False)
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert one.flops_per_token == other.flops_per_token
+    assert "blocks compiled" in str(group_table(groups(compiled)[0]).title)
+    assert "compiled" not in str(group_table(groups(eager)[0]).title)
     cells = CellFile(tmp_path)
-    first = job(base, "dense")
-    cells.add([replace(run_cell(first), wall_seconds=1000.0)])
-    assert run_jobs([job(base, "dense", seed=1)], cells, max_seconds=999.0, say=print) == 1
-    assert run_jobs([job(base, "dense", seed=1)], cells, max_seconds=1001.0, say=print) == 0
+    cells.add(eager)
+    with pytest.raises(ValueError, match="'transport' with seed 0 is there with another compile than is asked for"):
+        missing_jobs([job(fast, "transport")], cells)
+    with pytest.raises(
+        ValueError, match=r"expected one setting on 'tiny' with 6 steps, got two that differ in compile"
+    ):
+        groups([eager[0], compiled[1]])
+
+
+def test_a_plan_is_compiled_for_all_methods() -> None:
+    assert {one.config.compile for one in jobs(PLANS["b1"], compile_blocks=True)} == {True}
+    assert {one.config.compile for one in jobs(PLANS["b1"])} == {False}
 
 
 def test_a_run_that_diverges_is_a_result(base: TrainConfig) -> None:
@@ -242,7 +336,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert [json.loads(line)["method"] for line in lines] == ["transport", "frozen"]
 
 
-def _pretend(one: Job, *, deadline: float) -> object:
+def _pretend(one: Job, *, deadline: float, unfinished: Path) -> object:
     from compare.made_up import cell
 
     return cell(one.method, one.config.seed, 3.0, config=one.config)

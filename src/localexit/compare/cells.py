@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +16,11 @@ from localexit.train.config import FREE_ON_RESUME, TrainConfig
 
 FORMAT = 1
 FILE_NAME = "cells.jsonl"
-# Settings that say what all methods of a model and budget are trained and validated on.
-_BATCHES = ("vocab_size", "batch_size", "accumulate", "context", "eval_tokens")
+UNFINISHED_NAME = "unfinished"
+# Settings that say what all methods of a model and budget are trained and validated on, and whether times compare.
+_SHARED = ("vocab_size", "batch_size", "accumulate", "context", "eval_tokens", "compile")
+# They change no result and may differ; `compile` changes times.
+_FREE = FREE_ON_RESUME - {"compile"} | {"seed"}
 
 
 class Key(NamedTuple):
@@ -119,12 +124,12 @@ class Cell:
 
 
 def differing_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Fields that two configurations differ in, those aside that do not change a result; and the seed.
+    """Fields that two configurations differ in; those aside that change neither result nor times, and the seed.
 
     What an earlier version had no field for counts as what that version did.
     """
     mine, theirs = (TrainConfig.from_json(config).to_json() for config in (mine, theirs))
-    return sorted(name for name in mine.keys() - FREE_ON_RESUME - {"seed"} if mine[name] != theirs[name])
+    return sorted(name for name in mine.keys() - _FREE if mine[name] != theirs[name])
 
 
 class CellFile:
@@ -167,6 +172,13 @@ class CellFile:
             self._cells[cell.key] = cell
         with written_atomically(self.path) as partial:
             partial.write_text("".join(f"{cell.to_json()}\n" for cell in self.cells), encoding="utf-8")
+        for cell in cells:
+            shutil.rmtree(self.unfinished(cell.key), ignore_errors=True)
+
+    def unfinished(self, key: Key) -> Path:
+        """Folder for the state of a cell whose time was over before it was finished; gone when the cell is there."""
+        digest = hashlib.sha256(repr(tuple(key)).encode()).hexdigest()
+        return self.path.parent / UNFINISHED_NAME / digest[:16]
 
 
 def read_cells(path: Path) -> list[Cell]:
@@ -215,7 +227,8 @@ def check_one_setting(cells: Sequence[Cell]) -> None:
         # A text is told by its sha256, not by where it is.
         _refuse(f"for {method!r} {where}", [name for name in odd if name != "data"])
         any_method = first.setdefault((where,), cell)
-        _refuse(where, sorted(name for name in _BATCHES if any_method.config[name] != cell.config[name]))
+        odd = differing_settings(any_method.config, cell.config)
+        _refuse(where, [name for name in odd if name in _SHARED])
 
 
 def _refuse(what: str, odd: Sequence[str]) -> None:

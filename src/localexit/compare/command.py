@@ -26,7 +26,7 @@ class Comparison:
         output: folder of `cells.jsonl` and the page.
         merge: folders or files with further cells, taken in first.
         num_processes: cells trained at a time.
-        max_minutes: stop by then, with the cells that are finished.
+        max_minutes: stop by then; cells that are not finished go on in the next call.
     """
 
     jobs: Sequence[Job]

@@ -29,8 +29,12 @@ _ALSO_COUNTED: dict[Any, Any] = {torch.ops.aten.addmm_: _addmm_flops, torch.ops.
 
 @contextmanager
 def counted_flops() -> Iterator[Callable[[], float]]:
-    """Count the FLOPs of the matrix products inside; the yielded function tells how many."""
-    with FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED) as counter:
+    """Count the FLOPs of the matrix products inside; the yielded function tells how many.
+
+    Compiled blocks run eagerly in there: the counter sees nothing of what is compiled.
+    """
+    counting = FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED)
+    with torch.compiler.set_stance("force_eager"), counting as counter:
         yield lambda: float(counter.get_total_flops())
 
 

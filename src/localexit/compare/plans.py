@@ -251,6 +251,7 @@ def jobs(
     data: str | None = None,
     device: str | None = None,
     commit: str | None = None,
+    compile_blocks: bool = False,
 ) -> tuple[Job, ...]:
     """The cells of a plan, in the order they are trained: all methods of a seed before the next seed.
 
@@ -262,6 +263,7 @@ def jobs(
         data: text to train on, in place of the plan's own.
         device: likewise.
         commit: of the sources, where git cannot be asked.
+        compile_blocks: train all methods with compiled blocks.
 
     Raises:
         ValueError: a method, seed or budget that cannot be.
@@ -269,7 +271,7 @@ def jobs(
     given: dict[str, Any] = {name: value for name, value in (("data", data), ("device", device)) if value is not None}
     found: dict[Key, Job] = {}
     for stage in plan.stages:
-        stage = replace(stage, config=replace(stage.config, **given))
+        stage = replace(stage, config=replace(stage.config, compile=compile_blocks, **given))
         for steps in budgets or stage.budgets:
             for seed in seeds or stage.seeds:
                 for text in methods or stage.methods:

@@ -86,6 +86,11 @@ class Group:
         """Training tokens of a run."""
         return self.rows[0].tokens
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether blocks were compiled, for all methods."""
+        return bool(self.rows[0].cells[0].config.get("compile", False))
+
 
 @dataclass(frozen=True, kw_only=True)
 class LadderPoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 
@@ -49,7 +49,8 @@ def run_jobs(
         jobs: to be trained, in this order.
         cells: where to.
         num_processes: how many at a time.
-        max_seconds: what is not finished by then is given up, and nothing is started that will not be.
+        max_seconds: a cell that is not finished by then stops after the step it is at, and goes on in the next call;
+            nothing is started any more.
         say: told a line about every cell.
 
     Returns:
@@ -62,65 +63,49 @@ def run_jobs(
     if cells.cells:
         jobs = [replace(job, text=cells.cells[0].corpus["sha256"]) for job in jobs]
     num_done = 0
-    clock = _Clock(deadline, cells.cells)
-    for cell in _cells(jobs, clock, num_processes):
-        cells.add([cell])
+    for result in _results(jobs, cells, deadline, num_processes):
+        if isinstance(result, OutOfTimeError):
+            say(f"out of time: {result}")
+            continue
+        cells.add([result])
         num_done += 1
-        say(f"{num_done}/{len(jobs)}  {_line(cell)}")
+        say(f"{num_done}/{len(jobs)}  {_line(result)}")
     return len(jobs) - num_done
 
 
-def _cells(jobs: Sequence[Job], clock: _Clock, num_processes: int) -> Iterator[Cell]:
+def _results(
+    jobs: Sequence[Job], cells: CellFile, deadline: float, num_processes: int
+) -> Iterator[Cell | OutOfTimeError]:
     if num_processes > 1:
-        yield from _in_processes(jobs, clock, num_processes)
+        yield from _in_processes(jobs, cells, deadline, num_processes)
         return
     for job in jobs:
-        if clock.has_time_for(job):
-            try:
-                yield clock.saw(run_cell(job, deadline=clock.deadline))
-            except OutOfTimeError:
-                return
+        if time.time() >= deadline:
+            return
+        try:
+            yield run_cell(job, deadline=deadline, unfinished=cells.unfinished(job.key))
+        except OutOfTimeError as error:
+            yield error
 
 
-def _in_processes(jobs: Sequence[Job], clock: _Clock, num_processes: int) -> Iterator[Cell]:
+def _in_processes(
+    jobs: Sequence[Job], cells: CellFile, deadline: float, num_processes: int
+) -> Iterator[Cell | OutOfTimeError]:
     waiting, running = list(jobs), set[Future[Cell]]()
     # Started anew and not forked: a forked process inherits torch's threads half way through their work.
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         while waiting or running:
             while waiting and len(running) < num_processes:
                 job = waiting.pop(0)
-                if clock.has_time_for(job):
-                    running.add(pool.submit(run_cell, job, deadline=clock.deadline))
+                if time.time() < deadline:
+                    unfinished = cells.unfinished(job.key)
+                    running.add(pool.submit(run_cell, job, deadline=deadline, unfinished=unfinished))
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 try:
-                    yield clock.saw(future.result())
-                except OutOfTimeError:
-                    continue
-
-
-class _Clock:
-    """Whether there is time for another cell, judged by the longest of that model and budget so far.
-
-    Args:
-        deadline: `time.time()` of the end.
-        cells: those of earlier calls.
-    """
-
-    def __init__(self, deadline: float, cells: Iterable[Cell]) -> None:
-        self.deadline = deadline
-        self._seconds: dict[tuple[str, int], float] = {}
-        for cell in cells:
-            self.saw(cell)
-
-    def has_time_for(self, job: Job) -> bool:
-        expected = self._seconds.get((job.config.model, job.config.steps), 0.0)
-        return time.time() + expected < self.deadline
-
-    def saw(self, cell: Cell) -> Cell:
-        model, _, _, steps = cell.key
-        self._seconds[model, steps] = max(cell.wall_seconds, self._seconds.get((model, steps), 0.0))
-        return cell
+                    yield future.result()
+                except OutOfTimeError as error:
+                    yield error
 
 
 def _line(cell: Cell) -> str:

@@ -15,8 +15,9 @@ _HEADINGS = ("first exit", "last exit", "to exact local", "to backprop", "seeds"
 
 def group_table(group: Group) -> Table:
     """One line a method; the page has more columns."""
+    compiled = ", blocks compiled" if group.is_compiled else ""
     table = Table(
-        title=Text(f"{group.model}, {count(group.steps)} steps, {count(group.tokens)} tokens"),
+        title=Text(f"{group.model}, {count(group.steps)} steps, {count(group.tokens)} tokens{compiled}"),
         caption=Text(
             "nats/token of the validation text; differences of the last exit, paired by seed, with 95 % intervals; "
             "in brackets where the sign is not resolved"

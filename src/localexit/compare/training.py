@@ -8,8 +8,9 @@ import statistics
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from localexit.bench.record import current_commit
 from localexit.compare.cells import Cell, Validation
 from localexit.compare.costs import counted_flops, exit_flops, feedback_bytes
 from localexit.compare.plans import Job
+from localexit.train.checkpoint import load_newest, save_checkpoint
 from localexit.train.config import TrainConfig
 from localexit.train.data import RunData, load_data
 from localexit.train.devices import device_name, resolve_device, resolve_precision
@@ -31,26 +33,46 @@ NUM_WARM_UP_STEPS = 5
 
 
 class OutOfTimeError(Exception):
-    """The time allowed is over before the cell is finished; nothing of it is kept."""
+    """The time allowed is over before the cell is finished; its state is kept, if there is a folder for that."""
 
 
 @dataclass(kw_only=True)
 class _Measured:
-    """What a run has shown so far."""
+    """What a run has shown so far, in this call and in those that it goes on from.
 
+    Attributes:
+        origin: what a call must have in common with the ones before to go on from them.
+        wall_seconds, peak_bytes: of the calls before this one.
+        load_before: load average before the first of them.
+        valid, diagnostics, step_seconds, flops_per_token, exit_flops_per_token: of the cell.
+    """
+
+    origin: Mapping[str, Any]
     exit_flops_per_token: float
+    load_before: float
+    wall_seconds: float = 0.0
+    peak_bytes: int = 0
     valid: list[Validation] = field(default_factory=list)
     diagnostics: list[Mapping[str, Any]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     flops_per_token: float = 0.0
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> _Measured:
+        """Inverse of `asdict`, after JSON."""
+        valid = [Validation(**{**one, "loss": tuple(one["loss"])}) for one in content["valid"]]
+        return cls(**{**content, "valid": valid})
 
-def run_cell(job: Job, *, deadline: float = math.inf) -> Cell:
-    """Train one cell.
+
+def run_cell(job: Job, *, deadline: float = math.inf, unfinished: Path | None = None) -> Cell:
+    """Train one cell, or what is left of it.
+
+    On a CPU a cell that is made by several calls is the one that a single call makes, but for its times.
 
     Args:
         job: what to train.
-        deadline: `time.time()` after which the run gives up.
+        deadline: `time.time()` after which the run stops.
+        unfinished: folder where a run that stops leaves its state, and finds that of the call before.
 
     Raises:
         OutOfTimeError: the deadline came first.
@@ -76,16 +98,30 @@ def run_cell(job: Job, *, deadline: float = math.inf) -> Cell:
         # A comparison shows what comes of it.
         warnings.filterwarnings("ignore", message="feedback 'parallel", category=UserWarning)
         warnings.filterwarnings("ignore", message="the nucleus of some tokens", category=UserWarning)
+        if config.compile:
+            # What was compiled for the cells before would make later ones compile for sizes that vary.
+            torch.compiler.reset()
         trainer = make_trainer(config, data, device=device, precision=resolve_precision(config.precision, device))
-        measured = _Measured(exit_flops_per_token=_exit_flops_per_token(trainer))
+        measured = _Measured(
+            origin=_origin(job, data, device, commit),
+            exit_flops_per_token=_exit_flops_per_token(trainer),
+            load_before=load_before,
+        )
+        if unfinished is not None:
+            measured = _continued(trainer, measured, unfinished)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        first_step = trainer.step
         try:
             _train(job, trainer, data, measured, deadline)
             detail = ""
         except NonFiniteError as error:
             detail = str(error)
-    local = trainer.local
+        except OutOfTimeError:
+            if unfinished is not None and trainer.step > first_step:
+                _save(trainer, _with_call(measured, start, device), unfinished)
+            raise
+    local, measured = trainer.local, _with_call(measured, start, device)
     return Cell(
         method=job.method,
         config=config.to_json(),
@@ -94,17 +130,63 @@ def run_cell(job: Job, *, deadline: float = math.inf) -> Cell:
         valid=tuple(measured.valid),
         diagnostics=tuple(measured.diagnostics),
         step_seconds=statistics.median(measured.step_seconds) if measured.step_seconds else math.nan,
-        wall_seconds=time.time() - start,
+        wall_seconds=measured.wall_seconds,
         flops_per_token=measured.flops_per_token,
         exit_flops_per_token=measured.exit_flops_per_token,
-        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        peak_bytes=measured.peak_bytes if device.type == "cuda" else None,
         feedback_bytes=feedback_bytes(local),
         num_parameters=sum(parameter.numel() for parameter in local.parameters()),
         corpus=data.record,
         versions=versions(),
         device=device_name(device),
         commit=commit,
-        load_average=(load_before, _load_average()),
+        load_average=(measured.load_before, _load_average()),
+    )
+
+
+def _origin(job: Job, data: RunData, device: torch.device, commit: str) -> dict[str, Any]:
+    """What all calls that make one cell must have in common, as JSON."""
+    return {
+        "method": job.method,
+        "config": job.config.to_json(),
+        "diagnostics": [list(job.diagnose_steps), job.diagnose_tokens],
+        "text": data.record["sha256"],
+        "device": device_name(device),
+        "versions": versions(),
+        "commit": commit,
+    }
+
+
+def _continued(trainer: Trainer, new: _Measured, unfinished: Path) -> _Measured:
+    """Go on from the state that an earlier call left, if it is one of the same cell; else begin, and say why."""
+    snapshot = load_newest(unfinished, warnings.warn)
+    if snapshot is None:
+        return new
+    measured = _Measured.from_json(snapshot.state["cell"])
+    odd = [name for name, value in new.origin.items() if measured.origin.get(name) != value]
+    if odd:
+        warnings.warn(
+            f"cells: {new.origin['method']!r} was left at step {snapshot.step} with another {', '.join(odd)}, and is "
+            f"trained from its beginning",
+            stacklevel=2,
+        )
+        return new
+    trainer.restore(snapshot)
+    return measured
+
+
+def _save(trainer: Trainer, measured: _Measured, unfinished: Path) -> None:
+    snapshot = trainer.snapshot()
+    save_checkpoint(unfinished, replace(snapshot, state={**snapshot.state, "cell": asdict(measured)}))
+
+
+def _with_call(measured: _Measured, start: float, device: torch.device) -> _Measured:
+    """With the time and the memory of this call, which began at `start`."""
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return replace(
+        measured,
+        wall_seconds=measured.wall_seconds + time.time() - start,
+        peak_bytes=max(measured.peak_bytes, peak),
     )
 
 
@@ -118,7 +200,10 @@ def _train(job: Job, trainer: Trainer, data: RunData, measured: _Measured, deadl
     steps, every = job.config.steps, job.config.eval_every
     while trainer.step < steps:
         if time.time() > deadline:
-            raise OutOfTimeError
+            raise OutOfTimeError(
+                f"{job.method} seed {job.config.seed} stopped after step {trainer.step} of {steps}; the same command "
+                f"goes on with it"
+            )
         _step(trainer, measured)
         if trainer.step % every == 0 or trainer.step == steps:
             measured.valid.append(_validate(trainer, data))
