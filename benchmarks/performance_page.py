@@ -273,7 +273,9 @@ def _sweep(letter: str, points: Content) -> str:
         (f"`{name}`", *(f"{medians[value][name]:.2f}" if name in medians[value] else "" for value in values))
         for name in names
     ]
-    return table((f"ms at {letter} =", *values), rows)
+    named = f"Line chart of time against {letter} from {values[0]} to {values[-1]}, {len(names)} heads."
+    picture = f"![{named}](images/exit_gpu-sweep-{letter}.svg)"
+    return "\n\n".join([table((f"ms at {letter} =", *values), rows), picture])
 
 
 def numerics(content: Content) -> str:
