@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from localexit.exits import exit_step
-from localexit.exits.chunked import measure
+from localexit.exits.chunked import raw_logits
 from localexit.feedback import WeightMirror
 from localexit.feedback.rows import Pairs
 
@@ -66,9 +66,8 @@ def make_pairs(inputs: Inputs, num_pairs: int, num_exits: int) -> list[Pairs]:
     pairs = []
     for index in range(num_exits):
         hidden = inputs.hidden.detach().roll(-index * num_pairs, 0)[:num_pairs]
-        measured = measure(hidden, inputs.weight, hidden.new_ones(len(hidden), dtype=torch.bool))
         keys = torch.arange(len(hidden), device=hidden.device)
-        pairs.append(Pairs(hidden=measured.hidden, logits=measured.logits, keys=keys))
+        pairs.append(Pairs(hidden=hidden, logits=raw_logits(hidden, inputs.weight), keys=keys))
     return pairs
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from localexit import _checks
 from localexit.exits.loss import LossOptions, RowResult, loss_and_error, tile_error
 from localexit.exits.ranks import VocabParallel
-from localexit.feedback.base import Anchors, Error, Feedback, Tokens, accumulate_dtype, product
+from localexit.feedback.base import Anchors, Error, Feedback, Tokens, accumulate_dtype, joined, product
 from localexit.feedback.groups import GROUP, reduce_groups
 
 # weight_grad="filtered" leaves out errors below this, for a row weight of one: what bf16 does not see next to 1.
@@ -292,10 +292,6 @@ def _chunks(call: ExitCall, stages: Stages) -> Sequence[slice]:
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
-def _feedback_like(hidden: Tensor) -> Tensor:
-    return torch.zeros_like(hidden, dtype=storage_dtype(hidden.dtype), memory_format=torch.contiguous_format)
-
-
 def storage_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of a gradient until the upstream factor is known: fp16 cannot hold 1/count, and waits in fp32."""
     return torch.float32 if dtype == torch.float16 else dtype
@@ -309,29 +305,34 @@ class _Loop:
         self.stages = stages
         self.sum_dtype = accumulate_dtype(call.compute_dtype)
         self.value_dtype = stages.value_dtype(call)
-        num_rows, vocab_size = call.hidden.shape[0], call.weight.shape[0]
+        vocab_size = call.weight.shape[0]
+        # On a GPU the host launches every one of the small operations here, and many exits wait for that.
         is_counted = call.target != call.options.ignore_index
-        self.is_bad = is_counted & ((call.target < 0) | (call.target >= call.vocab_size))
-        self.is_counted = is_counted & ~self.is_bad
+        self.is_counted = is_counted & (call.target == call.target.clamp(0, call.vocab_size - 1))
+        self.is_bad = is_counted != self.is_counted
         if not call.hidden.is_cuda:
             # Looking costs a synchronisation on a GPU: there the loss becomes NaN instead, and the stats say why.
             _checks.targets_in_range(self.is_bad, call.target, call.vocab_size, call.options.ignore_index)
-        self.target = torch.where(self.is_counted, call.target, 0).long()
-        self.scale = torch.where(self.is_counted, call.row_weight, 0).to(self.sum_dtype)
+        self.target = (call.target * self.is_counted).long()
+        # Rows that do not count are selected away: 0 times what they hold may be NaN.
+        self.zero = call.hidden.new_zeros(())
+        self.scale = torch.where(self.is_counted, call.row_weight, self.zero).to(self.sum_dtype)
         self.weight = call.weight.to(call.compute_dtype)
         self.bias = None if call.bias is None else call.bias.to(self.sum_dtype)
         self.fused_product = stages.fused_product(call, self.weight)
         self.chunks = _chunks(call, stages)
         self.weight_grad = self._weight_accumulator(weight_grad)
         self.bias_grad = self._accumulator(bias_grad, (vocab_size,), call.need_bias)
-        self.feedback = _feedback_like(call.hidden) if call.need_hidden else None
+        self.feedback = (
+            call.hidden.new_empty(call.hidden.shape, dtype=storage_dtype(call.hidden.dtype))
+            if call.need_hidden
+            else None
+        )
         self.prepared: tuple[Tensor, ...] | None = None
-        rows = call.hidden.new_zeros(num_rows, dtype=self.sum_dtype)
-        self.loss, self.gold_logit, self.log_prob = rows, rows.clone(), rows.clone()
+        # Of each chunk loss, gold_logit, log_prob, argmax and entropy.
+        self.kept: list[tuple[Tensor, ...]] = []
         self.buffer = call.hidden.new_empty(self._most_rows(), vocab_size, dtype=stages.buffer_dtype(call))
         self.scratch: Tensor | None = None
-        self.entropy = rows.clone() if call.need_stats else rows.new_empty(0)
-        self.argmax = self.target.clone() if call.need_stats else self.target.new_empty(0)
 
     def _most_rows(self) -> int:
         return max((rows.stop - rows.start for rows in self.chunks), default=0)
@@ -350,32 +351,33 @@ class _Loop:
             return None
         return self._accumulator(given, self.call.weight.shape, self.call.need_weight)
 
-    def _clean_hidden(self, rows: slice | Tensor) -> Tensor:
-        """Hidden states with ignored rows selected away: 0 times what an ignored row holds may be NaN."""
-        hidden = torch.where(self.is_counted[rows, None], self.call.hidden[rows], 0)
-        return hidden.to(self.call.compute_dtype)
+    def _clean(self, hidden: Tensor, is_counted: Tensor) -> Tensor:
+        """Hidden states with zeros in the rows that do not count."""
+        return torch.where(is_counted[:, None], hidden, self.zero).to(self.call.compute_dtype)
 
     def _prepare(self, logits: Tensor) -> tuple[Tensor, ...]:
         """What the rule makes once a call, from anchors measured before the error takes the logits' place."""
-        rows, given = self.call.anchor_rows, self.call.anchor_hidden
+        call = self.call
+        rows, given = call.anchor_rows, call.anchor_hidden
         if given is not None:
-            assert self.call.anchor_is_counted is not None, "it belongs to anchor_hidden"
-            anchors = measure(given.to(self.call.compute_dtype), self.weight, self.call.anchor_is_counted)
-            return self.call.rule.prepare(anchors, self.value_dtype)
+            assert call.anchor_is_counted is not None, "it belongs to anchor_hidden"
+            anchors = measure(given.to(call.compute_dtype), self.weight, call.anchor_is_counted)
+            return call.rule.prepare(anchors, self.value_dtype)
         if rows is None:
-            return self.call.rule.prepare(None, self.value_dtype)
-        hidden, is_counted = self._clean_hidden(rows), self.is_counted[rows]
+            return call.rule.prepare(None, self.value_dtype)
+        is_counted = self.is_counted[rows]
+        hidden = self._clean(call.hidden[rows], is_counted)
         if len(self.chunks) > 1 or logits.dtype != self.sum_dtype or self.fused_product is not None:
-            return self.call.rule.prepare(measure(hidden, self.weight, is_counted), self.value_dtype)
+            return call.rule.prepare(measure(hidden, self.weight, is_counted), self.value_dtype)
         measured = logits[rows]
         if self.bias is not None and self.stages.has_bias:
             measured = measured - self.bias
         anchors = Anchors(hidden=hidden, logits=measured, count=is_counted.sum())
-        return self.call.rule.prepare(anchors, self.value_dtype)
+        return call.rule.prepare(anchors, self.value_dtype)
 
     def step(self, rows: slice) -> None:
         call = self.call
-        hidden = self._clean_hidden(rows)
+        hidden = self._clean(call.hidden[rows], self.is_counted[rows])
         logits = self.buffer[: rows.stop - rows.start]
         need_groups = (call.need_hidden and call.rule.selects) or (call.need_weight and call.is_filtered)
         if self.fused_product is None:
@@ -399,17 +401,12 @@ class _Loop:
                 scratch=self.scratch,
             )
         self.scratch = result.raw
-        self._keep_rows(rows, result)
+        self.kept.append((result.loss, result.gold_logit, result.log_prob, result.argmax, result.entropy))
         if call.need_error:
             values = logits.to(self.value_dtype)
             scale = self.scale[rows] if result.scale is None else self.scale[rows] * result.scale
             self._add_grads(rows, hidden, values, scale, result)
             self._add_feedback(rows, hidden, values, scale, result)
-
-    def _keep_rows(self, rows: slice, result: RowResult) -> None:
-        self.loss[rows], self.gold_logit[rows], self.log_prob[rows] = result.loss, result.gold_logit, result.log_prob
-        if self.call.need_stats:
-            self.argmax[rows], self.entropy[rows] = result.argmax, result.entropy
 
     def _add_grads(self, rows: slice, hidden: Tensor, values: Tensor, scale: Tensor, result: RowResult) -> None:
         if self.call.need_weight:
@@ -435,22 +432,28 @@ class _Loop:
             softcap=self.call.options.softcap,
             uniforms=None if self.call.uniforms is None else self.call.uniforms[rows],
         )
-        feedback = self.stages.feedback(self.call.rule, error, tokens, self.prepared)
-        self.feedback[rows] = feedback.to(self.feedback.dtype)
+        self.feedback[rows] = self.stages.feedback(self.call.rule, error, tokens, self.prepared)
+
+    def _rows(self) -> tuple[Tensor, ...]:
+        """What was kept, of all tokens; zero on those that do not count, empty where it was not asked for."""
+        if not self.kept:
+            none = self.scale.new_empty(0)
+            return none, none.clone(), none.clone(), self.target.new_empty(0), none.clone()
+        is_left_out = ~self.is_counted
+        columns = (joined(parts) for parts in zip(*self.kept, strict=True))
+        return tuple(column.masked_fill_(is_left_out, 0) if column.numel() else column for column in columns)
 
     def result(self) -> ExitResult:
-        def masked(rows: Tensor) -> Tensor:
-            return torch.where(self.is_counted, rows, 0) if rows.numel() else rows
-
-        loss = torch.where(self.is_bad, torch.nan, masked(self.loss))
+        loss, gold_logit, log_prob, argmax, entropy = self._rows()
+        loss.masked_fill_(self.is_bad, torch.nan)
         return ExitResult(
             loss=loss,
             # The scale of a bad row is zero, and NaN stays NaN.
             weighted_loss=self.scale * loss,
-            gold_logit=masked(self.gold_logit),
-            log_prob=masked(self.log_prob),
-            argmax=masked(self.argmax),
-            entropy=masked(self.entropy),
+            gold_logit=gold_logit,
+            log_prob=log_prob,
+            argmax=argmax,
+            entropy=entropy,
             is_bad=self.is_bad,
             feedback=self.feedback,
             weight_grad=self.weight_grad,
@@ -459,9 +462,13 @@ class _Loop:
 
 
 def measure(hidden: Tensor, weight: Tensor, is_counted: Tensor) -> Anchors:
-    """Forward pairs of some tokens: hidden [M, D] (zero where not counted) and raw logits [M, V] without the bias.
+    """Forward pairs of some tokens: hidden [M, D] (zero where not counted) and `raw_logits` of them."""
+    return Anchors(hidden=hidden, logits=raw_logits(hidden, weight), count=is_counted.sum())
 
-    The logits are in the accumulation dtype: differences of them are smaller than the rounding of bf16.
+
+def raw_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits [M, V] of hidden [M, D] without the bias.
+
+    They are in the accumulation dtype: differences of them are smaller than the rounding of bf16.
     """
-    logits = product(hidden, weight.T, accumulate_dtype(hidden.dtype))
-    return Anchors(hidden=hidden, logits=logits, count=is_counted.sum())
+    return product(hidden, weight.T, accumulate_dtype(hidden.dtype))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from localexit import _checks
 from localexit.exits.backends import Backend, choose_backend, stages_of
-from localexit.exits.chunked import ExitCall, ExitResult, measure, run_exit
+from localexit.exits.chunked import ExitCall, ExitResult, raw_logits, run_exit
 from localexit.exits.loss import LossOptions
 from localexit.exits.operators import exit_loss
 from localexit.exits.ranks import DataParallel, VocabParallel, choose_among_ranks
@@ -526,8 +526,9 @@ def _collect_pairs(
     chosen = choose_among_ranks(call.hidden, keys, feedback.num_pairs, data_parallel)
     # Measured in the weight's own dtype: autocast would round what the mirror is to learn.
     with torch.autocast(call.hidden.device.type, enabled=False):
-        measured = measure(chosen.hidden.to(call.weight.dtype), call.weight, chosen.is_counted)
-    feedback.collect(exit_index, Pairs(hidden=measured.hidden, logits=measured.logits, keys=chosen.keys))
+        hidden = chosen.hidden.to(call.weight.dtype)
+        logits = raw_logits(hidden, call.weight)
+    feedback.collect(exit_index, Pairs(hidden=hidden, logits=logits, keys=chosen.keys))
 
 
 def _exit_step(call: ExitCall, result: ExitResult, input: Tensor, target: Tensor) -> ExitStep:

@@ -185,11 +185,12 @@ def choose_among_ranks(hidden: Tensor, keys: Tensor, num: int, ranks: DataParall
     keys, hidden = smallest.values, hidden[smallest.indices]
     is_counted = keys < UNCOUNTED
     hidden = torch.where(is_counted[:, None], hidden, 0)
-    if ranks is not None:
-        # All ranks send as much, however few tokens one has.
-        missing = num - keys.shape[0]
-        keys = ranks.gather(torch.cat([keys, keys.new_full((missing,), torch.iinfo(torch.int64).max)]))
-        hidden = ranks.gather(torch.cat([hidden, hidden.new_zeros(missing, hidden.shape[1])]))
-        smallest = torch.topk(keys, num, largest=False, sorted=True)
-        keys, hidden = smallest.values, hidden[smallest.indices]
+    if ranks is None:
+        return Chosen(hidden=hidden, is_counted=is_counted, keys=keys)
+    # All ranks send as much, however few tokens one has.
+    missing = num - keys.shape[0]
+    keys = ranks.gather(torch.cat([keys, keys.new_full((missing,), torch.iinfo(torch.int64).max)]))
+    hidden = ranks.gather(torch.cat([hidden, hidden.new_zeros(missing, hidden.shape[1])]))
+    smallest = torch.topk(keys, num, largest=False, sorted=True)
+    keys, hidden = smallest.values, hidden[smallest.indices]
     return Chosen(hidden=hidden, is_counted=keys < UNCOUNTED, keys=keys)

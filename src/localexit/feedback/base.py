@@ -137,6 +137,11 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a @ b).to(dtype)
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.cat(parts)`, without a copy where there is only one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
     """What a rule may know of the n tokens of a chunk besides their error.

@@ -26,17 +26,18 @@ def apart_from_mean(hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     is_counted = hidden.any(dim=1).to(hidden.dtype)
     # A reflection of the rows that takes the mean to the last place and leaves differences at the others.
     axis = is_counted / is_counted.norm().clamp_min(1)
-    axis[-1] -= 1
-    scaled = axis * (2 / axis.square().sum().clamp_min(tiny))
-    hidden = torch.addr(hidden, scaled, axis @ hidden, alpha=-1)
-    logits = torch.addr(logits, scaled, axis @ logits, alpha=-1)
+    axis[-1].sub_(1)
+    scaled = axis / axis.square().sum().clamp_min(tiny)
+    hidden = torch.addr(hidden, scaled, axis @ hidden, alpha=-2)
+    logits = torch.addr(logits, scaled, axis @ logits, alpha=-2)
     length = hidden[-1].norm().maximum(rounding).clamp_min(tiny)
     mean, mean_logits = hidden[-1] / length, logits[-1] / length
     along = hidden[:-1] @ mean
     hidden[:-1].addr_(along, mean, alpha=-1)
     logits[:-1].addr_(along, mean_logits, alpha=-1)
     rest = hidden[:-1].norm().maximum(rounding)
-    hidden[-1], logits[-1] = rest * mean, rest * mean_logits
+    torch.mul(mean, rest, out=hidden[-1])
+    torch.mul(mean_logits, rest, out=logits[-1])
     return hidden, logits
 
 
@@ -76,13 +77,14 @@ def ridge_rows(hidden: Tensor, count: Tensor, ridge: float) -> Tensor:
     num_rows, width = hidden.shape
     mean_diagonal = hidden.square().sum() / count.clamp_min(1)
     # Without any row the system is 0 x = 0: any positive shift makes it solvable, with solution zero.
-    shift = torch.where(mean_diagonal > 0, ridge * mean_diagonal, 1.0)
+    shift = (ridge * mean_diagonal).clamp_min(torch.finfo(hidden.dtype).tiny)
     if num_rows <= width:
-        return torch.cholesky_solve(hidden, _factor(hidden @ hidden.T, shift, hidden)).to(dtype)
-    return torch.cholesky_solve(hidden.T, _factor(hidden.T @ hidden, shift, hidden)).T.to(dtype)
+        return torch.cholesky_solve(hidden, _factor(hidden @ hidden.T, shift)).to(dtype)
+    return torch.cholesky_solve(hidden.T, _factor(hidden.T @ hidden, shift)).T.to(dtype)
 
 
-def _factor(gram: Tensor, shift: Tensor, like: Tensor) -> Tensor:
-    identity = torch.eye(gram.shape[0], dtype=like.dtype, device=like.device)
+def _factor(gram: Tensor, shift: Tensor) -> Tensor:
+    """The Cholesky factor of `gram + shift * I`; gram is overwritten."""
+    gram.diagonal().add_(shift)
     # cholesky_ex: no copy to the host to look for a failure; a failed factor shows as NaN in the feedback.
-    return torch.linalg.cholesky_ex(gram + shift * identity).L
+    return torch.linalg.cholesky_ex(gram).L

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from localexit import _checks
-from localexit.feedback.base import Anchors, Error, Tokens
+from localexit.feedback.base import Anchors, Error, Tokens, joined
 from localexit.feedback.draws import UNCOUNTED
 from localexit.feedback.ridge import apart_from_mean, ridge_rows
 from localexit.feedback.rounding import round_stochastically, rounding_generator, rounding_seed
@@ -173,11 +173,9 @@ class WeightMirror(_Rows):
     def _learn(self, pairs: Sequence[Pairs]) -> None:
         # Solved in at least fp32, whatever dtype the pairs and the mirror are stored in.
         dtype = torch.promote_types(self.rows.dtype, torch.float32)
-        hidden, logits = (
-            torch.cat(parts).to(dtype) for parts in zip(*((p.hidden, p.logits) for p in pairs), strict=True)
-        )
+        hidden, logits = (joined(parts).to(dtype) for parts in zip(*((p.hidden, p.logits) for p in pairs), strict=True))
         hidden, logits = apart_from_mean(hidden, logits)
-        back = ridge_rows(hidden, torch.cat([p.is_counted for p in pairs]).sum(), self.ridge)
+        back = ridge_rows(hidden, joined([p.is_counted for p in pairs]).sum(), self.ridge)
         if runs_kernel(self.rows):
             self._correct_by_kernel(hidden, logits, back)
         else:

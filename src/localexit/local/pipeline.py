@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from localexit import _checks
-from localexit.exits.chunked import measure
-from localexit.feedback.draws import UNCOUNTED
+from localexit.exits.chunked import raw_logits
 from localexit.feedback.rows import Pairs, WeightMirror
 from localexit.local.batch import num_targets, shifted
 from localexit.local.graph import reached
@@ -191,7 +190,7 @@ class Pipeline:
             for tensor in (keys, hidden):
                 dist.broadcast(tensor, group=self.group, group_src=self._stage_of(index))
             if own is None:
-                logits = measure(hidden, weight, keys < UNCOUNTED).logits
+                logits = raw_logits(hidden, weight)
                 rule.collect(index, Pairs(hidden=hidden, logits=logits, keys=keys))
 
     def _stage_of(self, exit_index: int) -> int:

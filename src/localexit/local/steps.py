@@ -118,14 +118,16 @@ class TrainingStep(Step):
         """The normed hidden of the tokens that the exit sees, with its graph."""
         return self.settings.readout.normed(exit_, seen.of(hidden))
 
-    def router_loss(self, exit_: Exit) -> Tensor:
-        """The auxiliary loss of the routers in the unit that ends here, with its graph; 0-dim, 0 without routers.
+    def router_loss(self, exit_: Exit) -> Tensor | None:
+        """The auxiliary loss of the routers in the unit that ends here, with its graph; 0-dim, None without routers.
 
         Like the cross-entropy it is a mean over tokens: a part of a batch counts by its share of the labels, and the
         mean over ranks is that of all.
         """
         batch = self.batch
-        if batch.routers is None or not self.router_logits:
+        if batch.routers is None:
+            return None
+        if not self.router_logits:
             loss = batch.target.new_zeros((), dtype=torch.float32)
         else:
             ranks = self.settings.data_parallel
@@ -186,7 +188,8 @@ class DeferredStep(TrainingStep):
             data_parallel=settings.data_parallel,
         )
         self.losses[exit_.index] = loss
-        self.objectives[exit_.index] = loss + self.router_loss(exit_)
+        of_routers = self.router_loss(exit_)
+        self.objectives[exit_.index] = loss if of_routers is None else loss + of_routers
 
     def output(self) -> LocalOutput:
         """Σ weight · (loss + router loss) with its graph."""
@@ -235,6 +238,8 @@ class StreamStep(TrainingStep):
         """Keep the exit's loss, unweighted; add its dW to the sum; return its feedback. Not trained, only the loss."""
         settings, readout = self.settings, self.settings.readout
         factor = self.batch.weights[exit_.index] * self.loss_scale
+        # To divide by one would be two launches an exit for nothing.
+        is_scaled = isinstance(factor, Tensor) or factor != 1.0
         bias = readout.bias()
         result = exit_step(
             normed.detach(),
@@ -243,7 +248,7 @@ class StreamStep(TrainingStep):
             feedback=settings.feedback,
             linear_bias=None if bias is None else bias.detach(),
             # Loss, dW and feedback are all proportional to 1 / num_items: dividing it scales the three at once.
-            num_items=seen.num_items / factor,
+            num_items=seen.num_items / factor if is_scaled else seen.num_items,
             token_weight=seen.token_weight,
             label_smoothing=settings.label_smoothing,
             z_loss=settings.z_loss,
@@ -255,12 +260,14 @@ class StreamStep(TrainingStep):
             need_feedback=is_trained and normed.requires_grad,
             data_parallel=settings.data_parallel,
         )
-        self.losses[exit_.index] = result.loss / factor
+        self.losses[exit_.index] = result.loss / factor if is_scaled else result.loss
         return result.feedback
 
     def router_grads(self, exit_: Exit) -> dict[Tensor, Tensor | None]:
         """The auxiliary loss of the unit's routers, and what its gradient is multiplied by."""
         loss = self.router_loss(exit_)
+        if loss is None or not loss.requires_grad:
+            return {}
         return {loss: torch.ones_like(loss) * self.batch.weights[exit_.index] * self.loss_scale}
 
     def output(self) -> LocalOutput:
@@ -269,7 +276,9 @@ class StreamStep(TrainingStep):
         self.bias_grad.fold()
         if self.average is not None:
             self.average.finish()
-        objectives = {index: loss + self.router_losses[index] for index, loss in self.losses.items()}
+        objectives = dict(self.losses)
+        for index, of_routers in self.router_losses.items():
+            objectives[index] = objectives[index] + of_routers
         return self._output(_readable(self._weighted_sum(objectives)))
 
     def _backward(self, grads: Mapping[Tensor, Tensor | None]) -> None:
