@@ -30,6 +30,7 @@ from localexit.exits.functional import WeightGrad
 from localexit.exits.loss import LossOptions
 from localexit.exits.reference import reference_exit
 from localexit.feedback import RULES, draws, rows
+from localexit.local import compile_units
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -246,8 +247,11 @@ def test_the_choice_is_in_the_stats() -> None:
         assert stats.backend == backend
 
 
+# The compiler looks at the gradients of all tensors it is given.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("mode", ["stream", "deferred"])
-def test_local_training_under_autocast(mode: str) -> None:
+def test_local_training_under_autocast(mode: str, is_compiled: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -255,6 +259,8 @@ def test_local_training_under_autocast(mode: str) -> None:
         vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4
     )
     local = attach(LlamaForCausalLM(config).cuda(), feedback="mirror_sampled", backward=mode)
+    if is_compiled:
+        compile_units(local)
     optimizer = torch.optim.AdamW(local.parameters(), lr=3e-3)
     # A fixed batch: what is learned is seen at once.
     batch = torch.randint(256, (8, 64), device="cuda")

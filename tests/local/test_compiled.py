@@ -15,7 +15,7 @@ from local.decoders import VOCAB, batch, build, gradients
 from local.families import skip_if_broken, tiny_model, token_ids
 from local.rules import attached
 from localexit.local import LocalModel, attach, compile_units
-from localexit.measure import diagnose
+from localexit.measure import audit_attached, diagnose
 
 # The compiler looks at the gradients of all tensors it is given.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -92,6 +92,13 @@ def test_only_training_is_compiled() -> None:
         found[-1].append(torch.tensor([exit_.gradient_cosine for exit_ in diagnosis.exits]))
     assert counter.frame_count == 0
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_compiled_units_pass_the_audit() -> None:
+    """Which looks at gradients that cross between units, and at which parameters a loss reaches, on a deep copy."""
+    local = attached(build("llama", 3), "mirror_sampled", backward="stream")
+    compile_units(local, backend="aot_eager")
+    assert audit_attached(local).passed
 
 
 def test_names_and_signatures_stay_as_they_are() -> None:

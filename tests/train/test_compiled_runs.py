@@ -6,15 +6,17 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from localexit.local import compile_units
-from localexit.train.config import TrainConfig
+from localexit.train.config import FeedbackSpec, TrainConfig
 from localexit.train.export import load_run
 from train.small_runs import small_config, train_quietly
 from train.test_loop import records
+from train.test_trainer import make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
@@ -55,6 +57,27 @@ def test_compiled_and_eager_runs_go_on_as_each_other(
     assert used == [backend] * 2
     local, _ = load_run(tmp_path / "from-True", device=torch.device("cpu"))
     assert not any("forward" in block.__dict__ for block in local.blocks)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "in_backward"},
+        {"accumulate": 2, "exits_per_step": 1},
+        {"token_share": 0.5, "exit_warmup": 2},
+        {"train_blocks": False},
+    ],
+    ids=str,
+)
+def test_steps_are_those_of_eager_blocks(changes: dict[str, Any]) -> None:
+    eager, compiled = (make_trainer(feedback=FeedbackSpec.parse("mirror_sampled"), **changes) for _ in range(2))
+    compile_units(compiled.local, backend="aot_eager")
+    for _ in range(4):
+        expected, got = eager.train_step(), compiled.train_step()
+        # An exit that sat the step out has no loss.
+        assert [loss is None for loss in got.losses] == [loss is None for loss in expected.losses]
+        assert [loss or 0 for loss in got.losses] == pytest.approx([loss or 0 for loss in expected.losses], rel=1e-5)
+        assert got.grad_norms == pytest.approx(expected.grad_norms, rel=1e-4)
 
 
 def test_a_platform_without_a_compiler_is_refused_before_the_folder_is_made(
