@@ -155,6 +155,7 @@ def test_a_cell_cut_in_two_is_the_whole_cell(
     base: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, step: int
 ) -> None:
     """Cut before the step whose FLOPs are counted, or after a validation and a diagnosis."""
+    monkeypatch.setattr("localexit.compare.training.NUM_WARM_UP_STEPS", 1)
     steps = () if method in ("backprop", "direct") else (2, 6)
     wanted = replace(job(base, method), diagnose_steps=steps, diagnose_tokens=64)
     whole, cells, lines = run_cell(wanted), CellFile(tmp_path), list[str]()

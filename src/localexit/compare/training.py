@@ -28,7 +28,7 @@ from localexit.train.folder import versions
 from localexit.train.loop import make_trainer
 from localexit.train.trainer import NonFiniteError, Trainer
 
-# The first steps allocate and compile; their times are not counted.
+# The first steps of a call allocate and compile; their times are not counted.
 NUM_WARM_UP_STEPS = 5
 
 
@@ -42,6 +42,7 @@ class _Measured:
 
     Attributes:
         origin: what a call must have in common with the ones before to go on from them.
+        first_step: steps made before this call.
         wall_seconds, peak_bytes: of the calls before this one.
         load_before: load average before the first of them.
         valid, diagnostics, step_seconds, flops_per_token, exit_flops_per_token: of the cell.
@@ -50,6 +51,7 @@ class _Measured:
     origin: Mapping[str, Any]
     exit_flops_per_token: float
     load_before: float
+    first_step: int = 0
     wall_seconds: float = 0.0
     peak_bytes: int = 0
     valid: list[Validation] = field(default_factory=list)
@@ -78,13 +80,30 @@ def run_cell(job: Job, *, deadline: float = math.inf, unfinished: Path | None = 
         OutOfTimeError: the deadline came first.
         ValueError: text, model or rule do not fit the configuration, or the text is not the one wanted.
     """
-    start, load_before = time.time(), _load_average()
-    # Now, not at the end: sources may change meanwhile.
-    commit = job.commit or current_commit()
+    start = time.time()
+    if job.config.threads is not None:
+        torch.set_num_threads(job.config.threads)
+    device, data = resolve_device(job.config.device), _data_of(job)
+    with warnings.catch_warnings():
+        # A comparison shows what comes of it.
+        warnings.filterwarnings("ignore", message="feedback 'parallel", category=UserWarning)
+        warnings.filterwarnings("ignore", message="the nucleus of some tokens", category=UserWarning)
+        trainer, measured = _begun(job, data, device, unfinished)
+        detail = ""
+        try:
+            _train(job, trainer, data, measured, deadline)
+        except NonFiniteError as error:
+            detail = str(error)
+        except OutOfTimeError:
+            if unfinished is not None and trainer.step > measured.first_step:
+                _save(trainer, _with_call(measured, start, device), unfinished)
+            raise
+    return _cell(job, trainer, data, _with_call(measured, start, device), detail)
+
+
+def _data_of(job: Job) -> RunData:
+    """The text of a job, if it is the one wanted."""
     config = job.config
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = resolve_device(config.device)
     data = _data(
         TrainConfig(data=config.data, model=config.model, vocab_size=config.vocab_size, context=config.context)
     )
@@ -94,37 +113,31 @@ def run_cell(job: Job, *, deadline: float = math.inf, unfinished: Path | None = 
             f"{data.record['name']} with {data.record['sha256'][:12]}; pass another --output, or that text as --data "
             f"(Python's standard library is another text in every version)"
         )
-    with warnings.catch_warnings():
-        # A comparison shows what comes of it.
-        warnings.filterwarnings("ignore", message="feedback 'parallel", category=UserWarning)
-        warnings.filterwarnings("ignore", message="the nucleus of some tokens", category=UserWarning)
-        if config.compile:
-            # What was compiled for the cells before would make later ones compile for sizes that vary.
-            torch.compiler.reset()
-        trainer = make_trainer(config, data, device=device, precision=resolve_precision(config.precision, device))
-        measured = _Measured(
-            origin=_origin(job, data, device, commit),
-            exit_flops_per_token=_exit_flops_per_token(trainer),
-            load_before=load_before,
-        )
-        if unfinished is not None:
-            measured = _continued(trainer, measured, unfinished)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        first_step = trainer.step
-        try:
-            _train(job, trainer, data, measured, deadline)
-            detail = ""
-        except NonFiniteError as error:
-            detail = str(error)
-        except OutOfTimeError:
-            if unfinished is not None and trainer.step > first_step:
-                _save(trainer, _with_call(measured, start, device), unfinished)
-            raise
-    local, measured = trainer.local, _with_call(measured, start, device)
+    return data
+
+
+def _begun(job: Job, data: RunData, device: torch.device, unfinished: Path | None) -> tuple[Trainer, _Measured]:
+    """The trainer of a cell and what it has measured: nothing, or what an earlier call left."""
+    # The commit now, not at the end: sources may change meanwhile.
+    origin, load_before = _origin(job, data, device), _load_average()
+    if job.config.compile:
+        # What was compiled for the cells before would make later ones compile for sizes that vary.
+        torch.compiler.reset()
+    trainer = make_trainer(job.config, data, device=device, precision=resolve_precision(job.config.precision, device))
+    exit_flops_per_token = _exit_flops_per_token(trainer)
+    measured = _Measured(origin=origin, exit_flops_per_token=exit_flops_per_token, load_before=load_before)
+    if unfinished is not None:
+        measured = _continued(trainer, measured, unfinished)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return trainer, measured
+
+
+def _cell(job: Job, trainer: Trainer, data: RunData, measured: _Measured, detail: str) -> Cell:
+    local = trainer.local
     return Cell(
         method=job.method,
-        config=config.to_json(),
+        config=job.config.to_json(),
         status="diverged" if detail else "finished",
         detail=detail,
         valid=tuple(measured.valid),
@@ -133,18 +146,18 @@ def run_cell(job: Job, *, deadline: float = math.inf, unfinished: Path | None = 
         wall_seconds=measured.wall_seconds,
         flops_per_token=measured.flops_per_token,
         exit_flops_per_token=measured.exit_flops_per_token,
-        peak_bytes=measured.peak_bytes if device.type == "cuda" else None,
+        peak_bytes=measured.peak_bytes if trainer.device.type == "cuda" else None,
         feedback_bytes=feedback_bytes(local),
         num_parameters=sum(parameter.numel() for parameter in local.parameters()),
         corpus=data.record,
-        versions=versions(),
-        device=device_name(device),
-        commit=commit,
+        versions=measured.origin["versions"],
+        device=measured.origin["device"],
+        commit=measured.origin["commit"],
         load_average=(measured.load_before, _load_average()),
     )
 
 
-def _origin(job: Job, data: RunData, device: torch.device, commit: str) -> dict[str, Any]:
+def _origin(job: Job, data: RunData, device: torch.device) -> dict[str, Any]:
     """What all calls that make one cell must have in common, as JSON."""
     return {
         "method": job.method,
@@ -153,7 +166,7 @@ def _origin(job: Job, data: RunData, device: torch.device, commit: str) -> dict[
         "text": data.record["sha256"],
         "device": device_name(device),
         "versions": versions(),
-        "commit": commit,
+        "commit": job.commit or current_commit(),
     }
 
 
@@ -172,7 +185,7 @@ def _continued(trainer: Trainer, new: _Measured, unfinished: Path) -> _Measured:
         )
         return new
     trainer.restore(snapshot)
-    return measured
+    return replace(measured, first_step=snapshot.step)
 
 
 def _save(trainer: Trainer, measured: _Measured, unfinished: Path) -> None:
@@ -228,7 +241,7 @@ def _step(trainer: Trainer, measured: _Measured) -> None:
         return
     before = trainer.seconds
     trainer.train_step()
-    if trainer.step > NUM_WARM_UP_STEPS:
+    if trainer.step > measured.first_step + NUM_WARM_UP_STEPS:
         measured.step_seconds.append(trainer.seconds - before)
 
 
