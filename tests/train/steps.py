@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch._dynamo.utils import counters
+from torch._dynamo.utils import get_compilation_metrics
 
 from localexit.train.config import TrainConfig
 from localexit.train.folder import RunFolder
@@ -33,7 +33,7 @@ NUM_STEPS = 100_000
 # Of a process, after which a GPU has all that it needs for steps.
 SETTLED = 50
 # What the goal allows.
-MOST_GROWTH, MOST_COMPILATIONS, MOST_DRIFT = 0.01, 3, 1.05
+MOST_GROWTH, MOST_RECOMPILATIONS, MOST_DRIFT = 0.01, 3, 1.05
 
 
 @dataclass(kw_only=True)
@@ -58,7 +58,7 @@ class Watch:
                 "gpu": torch.cuda.memory_allocated() if has_gpu else 0,
                 "gpu_reserved": torch.cuda.memory_reserved() if has_gpu else 0,
                 "seconds": median(self.durations),
-                "compilations": counters["stats"]["unique_graphs"],
+                "recompilations": sum(made.recompile_reason is not None for made in get_compilation_metrics()),
             }
             with self.path.open("a") as file:
                 file.write(json.dumps(sample) + "\n")
@@ -70,14 +70,11 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def run_steps(config: TrainConfig, folder: Path, *, cache_dir: Path, backend: str | None = None) -> Outcome:
-    """Train, or go on; samples go to `folder/samples.jsonl`. A backend of `torch.compile` compiles the blocks."""
+def run_steps(config: TrainConfig, folder: Path, *, cache_dir: Path) -> Outcome:
+    """Train, or go on; samples go to `folder/samples.jsonl`."""
     run, watch, train_step = RunFolder(path=folder / "run"), Watch(path=folder / "samples.jsonl"), Trainer.train_step
 
     def watched(self: Trainer) -> StepResult:
-        if backend is not None and watch.num_steps == 0:
-            for block in self.local.blocks:
-                block.forward = torch.compile(block.forward, backend=backend)
         start = time.perf_counter()
         result = train_step(self)
         watch.step(result.step, time.perf_counter() - start)
@@ -101,7 +98,7 @@ class Figures:
         growth: of resident memory between the first and the last tenth of the longest process, its warm-up left out.
         gpu_growth: the most bytes of a sample above those at the 50th step of its process.
         reserved_growth: bytes that PyTorch holds of the GPU, of the same; 0 where no process came to its 50th step.
-        compilations: the most of a process.
+        recompilations: the most of a process.
         drift: median step time of the last tenth of all steps over that of a tenth after the warm-up; what follows a
             start within the warm-up is left out.
     """
@@ -111,7 +108,7 @@ class Figures:
     growth: float
     gpu_growth: int
     reserved_growth: int
-    compilations: int
+    recompilations: int
     drift: float
 
 
@@ -145,16 +142,13 @@ def read_figures(path: Path, *, warm_up: int) -> Figures:
         growth=middle(longest[-tenth:], "rss") / middle(longest[:tenth], "rss") - 1,
         gpu_growth=most_growth("gpu"),
         reserved_growth=most_growth("gpu_reserved"),
-        compilations=max(sample["compilations"] for sample in samples),
+        recompilations=max(sample["recompilations"] for sample in samples),
         drift=middle(late, "seconds") / middle(early, "seconds"),
     )
 
 
-def many_steps(text: Path, num_steps: int, *, device: str = "cpu", is_compiled: bool = False) -> TrainConfig:
-    """The smallest steps, with everything that a run does now and then.
-
-    Compiled blocks write no samples: the caches of `transformers` have them compiled for every length.
-    """
+def many_steps(text: Path, num_steps: int, **changes: Any) -> TrainConfig:
+    """The smallest steps, with everything that a run does now and then."""
     rare = max(num_steps // 20, 1)
     return small_config(
         text,
@@ -164,25 +158,24 @@ def many_steps(text: Path, num_steps: int, *, device: str = "cpu", is_compiled: 
         checkpoint_every=rare,
         log_every=10,
         track="tensorboard",
-        sample_tokens=0 if is_compiled else 4,
-        device=device,
+        **changes,
     )
 
 
-def main(folder: Path, *, num_steps: int, device: str, backend: str | None) -> int:
+def main(folder: Path, *, num_steps: int, device: str, is_compiled: bool) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "text"
     if not text.exists():
         write_corpus(text)
-    config = many_steps(text, num_steps, device=device, is_compiled=backend is not None)
-    if run_steps(config, folder, cache_dir=(folder / "cache").resolve(), backend=backend).status == "interrupted":
+    config = many_steps(text, num_steps, device=device, compile=is_compiled)
+    if run_steps(config, folder, cache_dir=(folder / "cache").resolve()).status == "interrupted":
         sys.stdout.write("stopped; the same command goes on\n")
         return 1
     figures = read_figures(folder / "samples.jsonl", warm_up=2000)
     sys.stdout.write(f"{figures}\n")
     gpu_growth = max(figures.gpu_growth, figures.reserved_growth)
     is_good = figures.growth < MOST_GROWTH and figures.drift <= MOST_DRIFT and gpu_growth == 0
-    return 0 if is_good and figures.compilations <= MOST_COMPILATIONS else 1
+    return 0 if is_good and figures.recompilations <= MOST_RECOMPILATIONS else 1
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -190,10 +183,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="of the run; one that is there goes on")
     parser.add_argument("num_steps", type=int, nargs="?", default=NUM_STEPS)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
-    parser.add_argument("--compile", dest="backend", metavar="BACKEND", help="of torch.compile, for the blocks")
+    parser.add_argument("--compile", dest="is_compiled", action="store_true", help="train with compiled blocks")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    sys.exit(main(arguments.folder, num_steps=arguments.num_steps, device=arguments.device, backend=arguments.backend))
+    sys.exit(main(**vars(parse_arguments())))
