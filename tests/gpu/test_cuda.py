@@ -367,15 +367,22 @@ def test_draws_are_the_same_bits_on_every_device(num: int, is_kernel: bool, monk
 
 
 def test_residuals_of_a_mirror_in_bf16_miss_nothing_of_the_hidden_states() -> None:
+    from localexit.feedback.ridge import apart_from_mean
     from localexit.kernels.mirror import residuals
 
     generator = torch.Generator("cuda").manual_seed(0)
     weight = torch.randn(1000, 300, generator=generator, device="cuda").bfloat16()
     hidden = 3 + 0.1 * torch.randn(150, 300, generator=generator, device="cuda")
     logits = (hidden.double() @ weight.double().T + 0.01).float()
-    actual = residuals(hidden, logits, weight)
-    # Rounded to bf16 alone, the hidden states would be off by fifty times as much.
-    assert float((actual.double() - 0.01).abs().max()) < 2e-3
+    apart, in_fp64 = apart_from_mean(hidden), apart_from_mean(hidden.double())
+    measured = in_fp64.logits(logits.double())
+    expected = measured - in_fp64.hidden @ weight.double().T
+    rounded = measured - apart.hidden.bfloat16().double() @ weight.double().T
+    actual = residuals(apart, logits.split([20, 130]), weight)
+    # What is left is the result's own rounding to bf16, and that of the mean's second half.
+    error = float((actual.double() - expected).abs().max())
+    assert error < 0.02 * float((rounded - expected).abs().max())
+    assert error < 2**-8 * float(expected.abs().max()) + 2e-3
 
 
 def test_memory_of_a_stream_does_not_grow_with_depth_under_autocast() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from localexit.feedback.ridge import apart_from_mean
 from localexit.kernels.mirror import correct, residuals
 
 NUM_SEEDS = 40
@@ -39,25 +40,41 @@ def test_rounds_to_a_neighbour_and_is_exact_on_average(vocab_size: int, width: i
     assert vocab_size == 1 or float(deviation.mean()) < 0.5 * float(nearest.mean())
 
 
-@pytest.mark.parametrize(("vocab_size", "width", "num_pairs"), [(1, 1, 1), (128, 64, 128), (200, 70, 150)])
+@pytest.mark.parametrize(("vocab_size", "width", "num_pairs"), [(1, 1, [1]), (128, 64, [64]), (200, 70, [7, 130, 9])])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_residuals_miss_nothing_of_the_hidden_states(
-    dtype: torch.dtype, vocab_size: int, width: int, num_pairs: int
+    dtype: torch.dtype, vocab_size: int, width: int, num_pairs: list[int]
 ) -> None:
     """Logits nearly explained: what rounding takes from the hidden states is larger than what is left."""
     generator = torch.Generator().manual_seed(0)
     # fp16 in place of bf16, which the interpreter cannot multiply.
     rows = torch.randn(vocab_size, width, generator=generator).to(dtype)
-    hidden = 3 + 0.1 * torch.randn(num_pairs, width, generator=generator)
-    wrong = 1e-3 * torch.randn(num_pairs, vocab_size, generator=generator)
+    hidden = 3 + 0.1 * torch.randn(sum(num_pairs), width, generator=generator)
+    wrong = 1e-3 * torch.randn(len(hidden), vocab_size, generator=generator)
     logits = (hidden.double() @ rows.double().T + wrong).float()
-    exact = logits.double() - hidden.double() @ rows.double().T
-    rounded = logits.double() - hidden.to(dtype).double() @ rows.double().T
+    apart, in_fp64 = apart_from_mean(hidden), apart_from_mean(hidden.double())
+    measured = in_fp64.logits(logits.double())
+    exact = measured - in_fp64.hidden @ rows.double().T
+    rounded = measured - apart.hidden.to(dtype).double() @ rows.double().T
     for given in (logits, logits.T.contiguous().T):
-        error = residuals(hidden, given, rows).double() - exact
+        error = residuals(apart, given.split(num_pairs), rows).double() - exact
         # The sum's rounding in fp32, and the result's own.
         assert float(error.abs().max()) < 1e-5 * float(logits.abs().max()) + 1e-3 * float(exact.abs().max())
-    assert dtype == torch.float32 or float((rounded - exact).abs().max()) > 10 * float(error.abs().max())
+    assert dtype == torch.float32 or width == 1 or float((rounded - exact).abs().max()) > 10 * float(error.abs().max())
+
+
+def test_the_roundings_of_one_update_are_independent() -> None:
+    """Halfway between two numbers every one is rounded up as if a coin had been thrown for it."""
+    rows = torch.ones(300, 200, dtype=torch.bfloat16)
+    half_a_step = torch.finfo(torch.bfloat16).eps / 2
+    correct(rows, torch.full((1, 300), half_a_step), torch.ones(1, 200), seed=3)
+    up = (rows > 1).double() - 0.5
+    for sums, num in ((up.sum(), up.numel()), (up.sum(0), 300), (up.sum(1), 200)):
+        assert float(sums.abs().max()) < 4.5 * 0.5 * num**0.5
+    # Also of neighbours, and of the corners of a rectangle.
+    corners = up[:-1, :-1] * up[1:, 1:] * up[:-1, 1:] * up[1:, :-1] * 4
+    for product in (up[1:] * up[:-1], up[:, 1:] * up[:, :-1], up[7:, 7:] * up[:-7, :-7], corners):
+        assert float(product.sum().abs()) < 4.5 * 0.25 * product.numel() ** 0.5
 
 
 def test_operands_may_lie_column_by_column() -> None:

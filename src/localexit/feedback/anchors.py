@@ -66,7 +66,8 @@ class LogitAnchors(Sampling):
     def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
         assert anchors is not None, "the caller measures anchors for rules with num_anchors"
         sums = accumulate_dtype(dtype)
-        hidden, logits = apart_from_mean(anchors.hidden.to(sums), anchors.logits.to(sums))
+        apart = apart_from_mean(anchors.hidden.to(sums))
+        hidden, logits = apart.hidden, apart.logits(anchors.logits.to(sums))
         back = ridge_rows(hidden, anchors.count, self.ridge)
         if self.rank is not None:
             axes = principal_axes(hidden, self.rank)

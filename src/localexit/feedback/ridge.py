@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 
-def apart_from_mean(hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Other measurements of the same span: M - 1 differences orthogonal to the mean, and the mean.
+@dataclass(frozen=True, kw_only=True)
+class Apart:
+    """Other measurements of the span of some hidden states: differences orthogonal to their mean, and the mean.
+
+    All are linear combinations of the M rows given, the same ones of hidden states and of logits.
+
+    Attributes:
+        hidden: [M, D], M - 1 differences and then the mean, as long as the others together.
+        axis: [M], the rows' reflection is along it.
+        scaled: [M], `axis / |axis|²`.
+        along: [M - 1], how much of the mean is taken from each difference.
+        length: 0-dim, of the mean.
+        rest: 0-dim, what it becomes.
+    """
+
+    hidden: Tensor
+    axis: Tensor
+    scaled: Tensor
+    along: Tensor
+    length: Tensor
+    rest: Tensor
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """What W would make of `hidden`, from what it made [M, n] of the rows given; any n columns of the logits."""
+        logits = torch.addr(logits, self.scaled, self.axis @ logits, alpha=-2)
+        mean = logits[-1] / self.length
+        logits[:-1].addr_(self.along, mean, alpha=-1)
+        torch.mul(mean, self.rest, out=logits[-1])
+        return logits
+
+    def summed(self, logits: Sequence[Tensor]) -> Tensor:
+        """`axis @ torch.cat(logits)`: [n]."""
+        parts = self.axis.split([len(part) for part in logits])
+        total = parts[0] @ logits[0]
+        for part, others in zip(parts[1:], logits[1:], strict=True):
+            total = torch.addmv(total, others.T, part)
+        return total
+
+
+def apart_from_mean(hidden: Tensor) -> Apart:
+    """Differences and mean of hidden [M, D], whose rows that do not count are zero.
 
     Hidden states have much in common: early in training all but a thousandth of their squared length. A ridge that is
     small against the length is large against the differences, and a product in bf16 rounds them away.
-
-    Args:
-        hidden: [M, D]; rows that do not count are zero.
-        logits: [M, V], what W made of them; zero on the same rows.
-
-    Returns:
-        hidden [M, D] and logits [M, V]: linear combinations of the rows given; the last is the mean, as long as
-        the others together.
     """
     tiny = torch.finfo(hidden.dtype).tiny
     # What is shorter than this may be rounding errors of what is longer: made no longer, it has no weight.
@@ -29,16 +63,13 @@ def apart_from_mean(hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     axis[-1].sub_(1)
     scaled = axis / axis.square().sum().clamp_min(tiny)
     hidden = torch.addr(hidden, scaled, axis @ hidden, alpha=-2)
-    logits = torch.addr(logits, scaled, axis @ logits, alpha=-2)
     length = hidden[-1].norm().maximum(rounding).clamp_min(tiny)
-    mean, mean_logits = hidden[-1] / length, logits[-1] / length
+    mean = hidden[-1] / length
     along = hidden[:-1] @ mean
     hidden[:-1].addr_(along, mean, alpha=-1)
-    logits[:-1].addr_(along, mean_logits, alpha=-1)
     rest = hidden[:-1].norm().maximum(rounding)
     torch.mul(mean, rest, out=hidden[-1])
-    torch.mul(mean_logits, rest, out=logits[-1])
-    return hidden, logits
+    return Apart(hidden=hidden, axis=axis, scaled=scaled, along=along, length=length, rest=rest)
 
 
 def principal_axes(hidden: Tensor, rank: int) -> Tensor:

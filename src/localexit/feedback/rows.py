@@ -13,7 +13,7 @@ from torch import Tensor
 from localexit import _checks
 from localexit.feedback.base import Anchors, Error, Tokens, joined
 from localexit.feedback.draws import UNCOUNTED
-from localexit.feedback.ridge import apart_from_mean, ridge_rows
+from localexit.feedback.ridge import Apart, apart_from_mean, ridge_rows
 from localexit.feedback.rounding import round_stochastically, rounding_generator, rounding_seed
 from localexit.feedback.sampling import SAMPLING_OPTIONS, Sampling
 
@@ -173,29 +173,31 @@ class WeightMirror(_Rows):
     def _learn(self, pairs: Sequence[Pairs]) -> None:
         # Solved in at least fp32, whatever dtype the pairs and the mirror are stored in.
         dtype = torch.promote_types(self.rows.dtype, torch.float32)
-        hidden, logits = (joined(parts).to(dtype) for parts in zip(*((p.hidden, p.logits) for p in pairs), strict=True))
-        hidden, logits = apart_from_mean(hidden, logits)
-        back = ridge_rows(hidden, joined([p.is_counted for p in pairs]).sum(), self.ridge)
+        apart = apart_from_mean(joined([of_exit.hidden for of_exit in pairs]).to(dtype))
+        logits = [of_exit.logits.to(dtype) for of_exit in pairs]
+        num_counted = joined([of_exit.is_counted for of_exit in pairs]).sum()
+        back = ridge_rows(apart.hidden, num_counted, self.ridge)
         if runs_kernel(self.rows):
-            self._correct_by_kernel(hidden, logits, back)
+            self._correct_by_kernel(apart, logits, back)
         else:
-            self._correct_by_parts(hidden, logits, back)
+            self._correct_by_parts(apart, logits, back)
 
-    def _correct_by_kernel(self, hidden: Tensor, logits: Tensor, back: Tensor) -> None:
+    def _correct_by_kernel(self, apart: Apart, logits: Sequence[Tensor], back: Tensor) -> None:
         # Triton is optional, and slow to import.
         from localexit.kernels.mirror import correct, residuals
 
-        residual = residuals(hidden, logits, self.rows)
+        residual = residuals(apart, logits, self.rows)
         correct(self.rows, residual, back.to(self.rows.dtype), seed=rounding_seed(self.seed, self._num_steps))
 
-    def _correct_by_parts(self, hidden: Tensor, logits: Tensor, back: Tensor) -> None:
-        dtype = hidden.dtype
+    def _correct_by_parts(self, apart: Apart, logits: Sequence[Tensor], back: Tensor) -> None:
+        dtype = back.dtype
         generator = rounding_generator(self.seed, self._num_steps, self.rows.device)
         # Row by row the update is independent: each part of B is read and written once, and nothing else is as large.
-        size = max(1, _UPDATE_BYTES // (hidden.shape[1] * dtype.itemsize))
-        for rows, measured in zip(self.rows.split(size), logits.split(size, dim=1), strict=True):
+        size = max(1, _UPDATE_BYTES // (back.shape[1] * dtype.itemsize))
+        of_parts = zip(*(of_exit.split(size, dim=1) for of_exit in logits), strict=True)
+        for rows, measured in zip(self.rows.split(size), of_parts, strict=True):
             exact = rows.to(dtype)
-            residual = torch.addmm(measured, hidden, exact.T, alpha=-1)
+            residual = apart.logits(joined(measured)).addmm_(apart.hidden, exact.T, alpha=-1)
             exact.addmm_(residual.T, back)
             if exact is not rows:
                 rows.copy_(round_stochastically(exact, rows.dtype, generator))

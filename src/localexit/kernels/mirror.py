@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from localexit.feedback.ridge import Apart
 from localexit.kernels.draws import mixed
 
 
 @triton.jit
 def residual_kernel(
-    rows, rounded, left_over, logits, residual, num_tokens, width, num_pairs, logits_stride, logits_step,
+    rows, rounded, left_over, logits, logits_stride, logits_step, summed, last, last_step, scaled, along, length, rest,
+    residual, num_tokens, width, first, num_here, num_pairs,
     PAIRS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """residual[p, v] = logits[p, v] - Σ_d (rounded + left_over)[p, d] rows[v, d]; one program PAIRS by TOKENS."""
-    pairs = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    """What B predicts wrongly for the pairs from `first` on, whose logits these are; one program PAIRS by TOKENS.
+
+    residual[p, v] = apart.logits(logits)[p, v] - Σ_d (rounded + left_over)[p, d] rows[v, d].
+    """
+    here = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    pairs = first + here
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    pair_inside, token_inside = pairs < num_pairs, tokens < num_tokens
+    pair_inside, token_inside = here < num_here, tokens < num_tokens
     total = tl.zeros((PAIRS, TOKENS), tl.float32)
     for start in range(0, width, DEPTH):
         cols = start + tl.arange(0, DEPTH)
@@ -35,12 +43,21 @@ def residual_kernel(
         total = tl.dot(tl.load(left_over + place, mask=inside, other=0.0), back, total)
     inside = pair_inside[:, None] & token_inside[None, :]
     measured = tl.load(
-        logits + pairs[:, None].to(tl.int64) * logits_stride + tokens[None, :].to(tl.int64) * logits_step,
+        logits + here[:, None].to(tl.int64) * logits_stride + tokens[None, :].to(tl.int64) * logits_step,
         mask=inside,
         other=0.0,
     )
+    # As `Apart.logits`, while the logits are here: a pass of its own would read and write all of them twice.
+    sums = tl.load(summed + tokens, mask=token_inside, other=0.0)
+    ends = tl.load(last + tokens.to(tl.int64) * last_step, mask=token_inside, other=0.0)
+    mean = (ends - 2 * tl.load(scaled + num_pairs - 1) * sums) / tl.load(length)
+    is_mean = pairs == num_pairs - 1
+    of_sums = 2 * tl.load(scaled + pairs, mask=pair_inside, other=0.0)
+    of_mean = tl.load(along + pairs, mask=pair_inside & (pairs < num_pairs - 1), other=0.0)
+    apart = measured - of_sums[:, None] * sums[None, :] - of_mean[:, None] * mean[None, :]
+    apart = tl.where(is_mean[:, None], tl.load(rest) * mean[None, :], apart)
     place = pairs[:, None].to(tl.int64) * num_tokens + tokens[None, :]
-    tl.store(residual + place, (measured - total).to(residual.dtype.element_ty), mask=inside)
+    tl.store(residual + place, (apart - total).to(residual.dtype.element_ty), mask=inside)
 
 
 # Compiled once for every seed, also for those that 16 divides.
@@ -69,39 +86,48 @@ def correct_kernel(
             other=0.0,
         )
         total = tl.dot(left, right, total)
-    place = tokens[:, None].to(tl.int64) * width + cols[None, :]
+    place = rows + tokens[:, None].to(tl.int64) * width + cols[None, :]
     inside = token_inside[:, None] & col_inside[None, :]
-    total += tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
-    noise = mixed(place.to(tl.uint32) ^ mixed(seed + (place >> 32).to(tl.uint32))) >> 16
+    total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    # A hash of every row and of every column, and a product of both: hashing every number would take longer than
+    # reading and writing it.
+    of_row = mixed(tokens.to(tl.uint32) ^ mixed(seed.to(tl.uint32)))
+    of_column = mixed(cols.to(tl.uint32) ^ mixed(seed.to(tl.uint32) ^ 0x9E3779B9))
+    noise = ((of_row[:, None] ^ of_column[None, :]) * 0x7FEB352D) >> 16
     # A carry out of the dropped bits is the step up, also into the exponent.
     bits = (total.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
-    tl.store(rows + place, bits.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=inside)
+    tl.store(place, bits.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=inside)
 
 
-def residuals(hidden: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
-    """`logits - hidden @ rows.T` as if nothing of `hidden` were rounded, in the rows' dtype; the rows are read once.
+def residuals(apart: Apart, logits: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """`apart.logits(torch.cat(logits)) - apart.hidden @ rows.T` as if nothing of the hidden states were rounded.
 
     A residual is a small difference of large numbers: the hidden states are taken as a bf16 number and what is left of
-    them, which is another one.
+    them, which is another one. The logits are not copied, and the rows read once for all pairs of an exit.
 
     Args:
-        hidden: fp32 [P, D].
-        logits: fp32 [P, V]; may lie column by column.
+        apart: of all pairs, fp32.
+        logits: fp32 [P, V] of the pairs of each exit; may lie column by column.
         rows: bf16 [V, D], contiguous.
 
     Returns:
-        [P, V].
+        [M, V] in the rows' dtype.
     """
-    (num_tokens, width), num_pairs = rows.shape, len(hidden)
-    rounded = hidden.to(rows.dtype)
-    left_over = (hidden - rounded).to(rows.dtype)
+    (num_tokens, width), num_pairs = rows.shape, len(apart.hidden)
+    rounded = apart.hidden.to(rows.dtype).contiguous()
+    left_over = (apart.hidden - rounded).to(rows.dtype).contiguous()
     result = torch.empty(num_pairs, num_tokens, dtype=rows.dtype, device=rows.device)
-    pairs, tokens = 128, 128
-    residual_kernel[(triton.cdiv(num_pairs, pairs), triton.cdiv(num_tokens, tokens))](
-        rows, rounded.contiguous(), left_over.contiguous(), logits, result, num_tokens, width, num_pairs,
-        logits.stride(0), logits.stride(1),
-        PAIRS=pairs, TOKENS=tokens, DEPTH=64, num_warps=8, num_stages=3,
-    )  # fmt: skip
+    summed, last = apart.summed(logits), logits[-1][-1]
+    pairs, tokens = 64, 128
+    first = 0
+    for of_exit in logits:
+        residual_kernel[(triton.cdiv(len(of_exit), pairs), triton.cdiv(num_tokens, tokens))](
+            rows, rounded, left_over, of_exit, *of_exit.stride(), summed, last, *last.stride(),
+            apart.scaled, apart.along, apart.length, apart.rest,
+            result, num_tokens, width, first, len(of_exit), num_pairs,
+            PAIRS=pairs, TOKENS=tokens, DEPTH=64, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        first += len(of_exit)
     return result
 
 
@@ -115,8 +141,10 @@ def correct(rows: Tensor, residual: Tensor, back: Tensor, *, seed: int) -> None:
         seed: of the rounding, in 0..2^31 - 1; another one for every update.
     """
     num_tokens, width = rows.shape
-    columns, tokens = 128, 128
+    # Measured on an H100: with few pairs reading and writing are all there is, and small programs overlap them.
+    tokens, warps = (64, 4) if len(residual) <= 256 else (128, 8)
+    columns = 128
     correct_kernel[(triton.cdiv(width, columns), triton.cdiv(num_tokens, tokens))](
         rows, residual, back, num_tokens, width, len(residual), seed, *residual.stride(), *back.stride(),
-        TOKENS=tokens, COLUMNS=columns, PAIRS=64, num_warps=8,
+        TOKENS=tokens, COLUMNS=columns, PAIRS=64, num_warps=warps,
     )  # fmt: skip
