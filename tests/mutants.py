@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -297,6 +298,13 @@ def run_tests(tests: Sequence[str], source: Path) -> int:
     assert found is not None, source
     assert Path(str(found.origin)).is_relative_to(source), found.origin
     os.chdir(ROOT)
+    try:
+        for room in ROOM_TESTS:
+            importlib.import_module(f"localexit.{room}")
+    except Exception:
+        # Before pytest, which takes a conftest that cannot be imported for a mistake in the call.
+        traceback.print_exc()
+        return pytest.ExitCode.INTERRUPTED
     collection = Collection()
     # Of the plugins only the one that ends tests that hang: the others take a second to start.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"

@@ -166,6 +166,26 @@ def test_compiled_units(wrapper: str, backward: str) -> None:
     check(2, ("transport",), EXACT, schedule=ExitSchedule(exits_per_step=1), **options)
 
 
+def gradients_in_and_after_no_sync() -> tuple[Tensor, Tensor]:
+    ranks = DataParallel()
+    local = attached(build("plain"), backward="stream", data_parallel=ranks)
+    ((ids, labels),) = batches(1)
+    mine = ids.chunk(ranks.size)[ranks.rank], labels.chunk(ranks.size)[ranks.rank]
+    parameter = next(local.blocks[0].parameters())
+    with local.no_sync():
+        local(*mine)
+    inside = parameter.grad.clone()
+    local(*mine)
+    return inside, parameter.grad
+
+
+def test_no_sync_leaves_gradients_as_they_are() -> None:
+    (first, first_after), (second, second_after) = run_ranks(gradients_in_and_after_no_sync, 2)
+    assert not torch.allclose(first, second)
+    assert torch.equal(first_after, second_after)
+    torch.testing.assert_close(first_after, first + second)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", ["", "no_sync"])
 @pytest.mark.parametrize("backward", ["stream", "deferred"])
