@@ -421,6 +421,21 @@ class TestLossScaling:
         rounded = replace(case, hidden=hidden)
         assert relative_error(case.weight - weight.detach(), rounded.oracle(num_items=16384).weight_grad) < 1e-2
 
+    @pytest.mark.parametrize("init_scale", [2.0**16, 2.0**40])
+    def test_a_scaler_sees_feedback_that_overflows(self, init_scale: float) -> None:
+        """Feedback beyond what fp16 can hold arrives as infinity, and the scaler leaves the step out."""
+        case = make_case("dense")
+        block = torch.nn.Parameter(case.hidden.clone())
+        optimizer = torch.optim.SGD([block], lr=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+        loss = exit_cross_entropy(block.half(), case.weight.half(), case.target, feedback=case.rule)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        is_left_out = init_scale > 2.0**16
+        assert torch.equal(block.detach(), case.hidden) == is_left_out
+        assert (scaler.get_scale() < init_scale) == is_left_out
+
 
 @pytest.fixture
 def stage_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:

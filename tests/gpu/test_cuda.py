@@ -239,6 +239,146 @@ def test_compiled_equals_eager(name: str) -> None:
         assert relative(got.detach(), expected.double().cpu()) < 1e-2
 
 
+@pytest.mark.parametrize("name", ["dense", "anchors", "mirror_sampled"])
+def test_few_compilations_over_numbers_of_tokens(name: str) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    case, rule = make_case(), make_rule(name).cuda()
+    counter = CompileCounterWithBackend("inductor")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def compiled(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return exit_cross_entropy(hidden, weight, target, feedback=rule)
+
+    for num_tokens in (NUM_TOKENS, 100, 31, 200):
+        results = []
+        for call in (compiled, lambda *given: exit_cross_entropy(*given, feedback=rule)):
+            hidden = case["hidden"][:num_tokens].cuda().bfloat16().requires_grad_()
+            weight = case["weight"].cuda().bfloat16().requires_grad_()
+            loss = call(hidden, weight, case["target"][:num_tokens].cuda())
+            loss.backward()
+            results.append((loss.detach(), hidden.grad, weight.grad))
+            rule.discard()
+        for got, expected in zip(*results, strict=True):
+            assert relative(got, expected.double().cpu()) < 1e-2
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize(("backend", "name"), BACKENDS)
+def test_master_weights_under_autocast(backend: str, name: str) -> None:
+    """fp32 W, bf16 hidden states: the products of bf16 weights, a gradient in fp32."""
+    case, rule = make_case(), make_rule(name).cuda()
+    hidden, target = case["hidden"].cuda().bfloat16(), case["target"].cuda()
+    results = []
+    for is_master in (True, False):
+        rule.discard()
+        weight = case["weight"].cuda()
+        weight = (weight if is_master else weight.bfloat16()).requires_grad_()
+        leaf = hidden.clone().requires_grad_()
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=is_master):
+            loss = exit_cross_entropy(leaf, weight, target, feedback=rule, backend=backend)
+        loss.backward()
+        assert weight.grad is not None
+        assert leaf.grad is not None
+        results.append((loss.detach(), leaf.grad, weight.grad))
+    (loss, feedback, weight_grad), expected = results
+    assert (loss.dtype, feedback.dtype, weight_grad.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    assert torch.equal(loss, expected[0])
+    # `transport` reads W as it is under autocast too: rounded, so all feedback is the same.
+    assert relative(feedback, expected[1].double().cpu()) < 1e-2
+    assert relative(weight_grad, expected[2].double().cpu()) < 1e-2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(("backend", "name"), BACKENDS)
+def test_recomputation_gives_the_same_bits(backend: str, name: str, use_reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    case, results = make_case(), []
+    for is_recomputed in (False, True):
+        rule = make_rule(name).cuda()
+        hidden, weight = (case[key].cuda().bfloat16().requires_grad_() for key in ("hidden", "weight"))
+        target = case["target"].cuda()
+
+        def block(hidden: Tensor, weight: Tensor = weight, target: Tensor = target, rule: Feedback = rule) -> Tensor:
+            return exit_cross_entropy(1.0 * hidden, weight, target, feedback=rule, backend=backend)
+
+        loss = checkpoint(block, hidden, use_reentrant=use_reentrant) if is_recomputed else block(hidden)
+        loss.backward()
+        rule.update()
+        results.append((loss.detach(), hidden.grad, weight.grad, *rule.buffers()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("backend", "name"), BACKENDS)
+def test_a_side_stream_gives_the_same_bits(backend: str, name: str) -> None:
+    case = make_case()
+    expected = run(case, make_rule(name).cuda(), torch.bfloat16, backend=backend)
+    rule, stream = make_rule(name).cuda(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # Something long before it: whatever runs on another stream than this one comes too early.
+        busy = torch.randn(4096, 4096, device="cuda")
+        for _ in range(20):
+            busy = busy @ busy * 1e-3
+        got = run(case, rule, torch.bfloat16, backend=backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["dense", "anchors", "mirror_sampled"])
+def test_forward_and_backward_can_be_captured_in_a_graph(name: str) -> None:
+    case, rule = make_case(), make_rule(name).cuda()
+    hidden, weight = (case[key].cuda().bfloat16().requires_grad_() for key in ("hidden", "weight"))
+    target = case["target"].cuda()
+
+    def step() -> Tensor:
+        hidden.grad = weight.grad = None
+        loss = exit_cross_entropy(hidden, weight, target, feedback=rule)
+        loss.backward()
+        rule.discard()
+        return loss.detach()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        loss = step()
+        assert hidden.grad is not None
+        assert weight.grad is not None
+        wanted = [tensor.clone() for tensor in (loss, hidden.grad, weight.grad)]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    got = (loss, hidden.grad, weight.grad)
+    for tensor in got:
+        tensor.zero_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", ["dense", "anchors", "mirror_sampled", "transport"])
+def test_fp16_under_a_grad_scaler(name: str) -> None:
+    """Plain PyTorch runs it: a mean over 16384 tokens, scaled by 65536, against the oracle."""
+    case, rule = make_case(), make_rule(name)
+    hidden, weight = case["hidden"].half(), case["weight"].half()
+    arguments = (hidden.float(), weight.float(), case["target"])
+    expected = reference_exit(*arguments, feedback=rule, num_items=16384)
+    leaves = [tensor.cuda().requires_grad_() for tensor in (hidden, weight)]
+    scaler = torch.amp.GradScaler("cuda", init_scale=65536.0)
+    given = (*leaves, case["target"].cuda())
+    loss, stats = exit_cross_entropy(*given, feedback=rule.cuda(), num_items=16384, return_stats=True)
+    scaler.scale(loss).backward()
+    assert (loss.dtype, stats.backend) == (torch.float32, "torch")
+    assert relative(loss.detach(), expected.loss) < 1e-3
+    budget = 5e-2 if "sampled" in name else 4 * torch.finfo(torch.float16).eps
+    for leaf, exact in zip(leaves, (expected.feedback, expected.weight_grad), strict=True):
+        assert leaf.grad is not None
+        assert relative(leaf.grad, 65536 * exact) < budget
+    with pytest.raises(ValueError, match="float16"):
+        exit_cross_entropy(*given, feedback=rule, backend="triton")
+
+
 def test_the_choice_is_in_the_stats() -> None:
     case = make_case()
     inputs = [case[key].cuda() for key in ("hidden", "weight", "target")]

@@ -216,6 +216,25 @@ def test_loss_scale_multiplies_the_gradients_and_not_the_loss() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_grad_scaler_changes_no_step(mode: str) -> None:
+    """The recipe of docs/dtypes.md, in fp64 where scaling by a power of two is exact."""
+    ids, labels = batch()
+    plain, scaled = build("plain"), build("plain")
+    train_step(attached(plain, backward=mode), mode, ids, labels)
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    local, optimizer = attached(scaled, backward=mode), torch.optim.SGD(scaled.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    if mode == "stream":
+        local(input_ids=ids, labels=labels, loss_scale=scaler.scale(torch.ones(())))
+    else:
+        scaler.scale(local(input_ids=ids, labels=labels).loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 65536.0
+    assert_same(dict(scaled.state_dict()), dict(plain.state_dict()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_batch_without_targets_gives_zero(mode: str) -> None:
     model = build("plain")
     ids, labels = batch()
