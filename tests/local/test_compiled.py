@@ -147,6 +147,22 @@ def test_families(family: str) -> None:
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
+def test_routers_learn_from_their_auxiliary_loss() -> None:
+    """A hook inside of the blocks takes the routers' logits: their graph is kept, and breaks do not grow with depth."""
+    options = {"output_router_logits": True, "num_hidden_layers": 6}
+    models = [tiny_model("mixtral", **options) for _ in range(2)]
+    eager, compiled = (attach(model, feedback="transport", backward="stream") for model in models)
+    counter = counted(compiled)
+    expected, got = (local(token_ids(), token_ids(), output_router_logits=True) for local in (eager, compiled))
+    assert counter.frame_count <= 10
+    assert (expected.router_losses > 0).all()
+    torch.testing.assert_close(got.router_losses, expected.router_losses)
+    grads = gradients(eager)
+    for name, grad in gradients(compiled).items():
+        torch.testing.assert_close(grad, grads[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_a_second_time_is_refused() -> None:
     local = attached(build("llama", 2))
     compile_units(local, backend="eager")

@@ -26,9 +26,7 @@ def compile_units(local: LocalModel, *, backend: str | Callable[..., Any] = "ind
     >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=8, n_embd=12, n_layer=3, n_head=2))
     >>> local = attach(model.train(), backward="stream")
     >>> compile_units(local, backend="eager")
-    >>> tokens = torch.randint(50, (2, 8))
-    >>> local(tokens, labels=tokens).exit_losses.shape
-    torch.Size([3])
+    >>> optimizer = torch.optim.AdamW(local.parameters())
 
     Args:
         local: the model with its exits, on the device where it is trained.
