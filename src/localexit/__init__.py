@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from localexit.local import ExitSchedule, LocalModel, LocalOutput, Pipeline, StepInBackward, load_exits, save_exits
     from localexit.local.attach import attach
+    from localexit.local.compiled import compile_units
 
 __version__ = "0.1.0"
 
@@ -65,6 +66,7 @@ __all__ = [
     "WeightMirror",
     "WeightTransport",
     "attach",
+    "compile_units",
     "exit_cross_entropy",
     "exit_step",
     "feedback_names",

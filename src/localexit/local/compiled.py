@@ -22,7 +22,7 @@ def compile_units(local: LocalModel, *, backend: str | Callable[..., Any] = "ind
     called and what is saved stay as they are; `LocalModel.remove()` leaves the modules compiled.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
-    >>> from localexit import attach
+    >>> from localexit import attach, compile_units
     >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=8, n_embd=12, n_layer=3, n_head=2))
     >>> local = attach(model.train(), backward="stream")
     >>> compile_units(local, backend="eager")

@@ -658,7 +658,7 @@ def _refuse_compilation(backward_mode: str, is_compiled: bool) -> None:
         raise ValueError(
             f"this model is attached with backward={backward_mode!r} and compiled as a whole (torch.compile around the "
             f"model, or around a function that calls it): backwards run inside of its forward, and the graph would "
-            f"break at every block. Compile the blocks one by one after attach(): localexit.local.compile_units(local)"
+            f"break at every block. Compile the blocks one by one after attach(): localexit.compile_units(local)"
         )
 
 
