@@ -110,22 +110,27 @@ def test_select_equals_the_plain_step(vocab_size: int, topk: int, spread: float)
     logits, _, target = logits_of(vocab_size, spread)
     result = error_pass(logits, target, LossOptions(), bias=None, need_groups=True)
     uniforms = torch.rand(ROWS, 7, generator=torch.Generator().manual_seed(3))
-    top, drawn, weights = select(logits, target, uniforms, result.group_max, result.group_sum, topk)
-    plain = Error(values=logits, scale=torch.ones(ROWS))
+    scale = torch.randn(ROWS, generator=torch.Generator().manual_seed(4))
+    ids, weights = select(logits, scale, target, uniforms, result.group_max, result.group_sum, topk)
+    plain = Error(values=logits, scale=scale)
     expected_ids, expected_weights = plain.select(topk, uniforms, target)
+    kept = slice(1 + topk)
+    assert torch.equal(ids[:, 0], target)
     # Ties may be broken either way: compare magnitudes.
-    expected_top = expected_ids[:, 1 : 1 + topk]
-    assert torch.equal(logits.gather(1, top).abs(), logits.gather(1, expected_top).abs())
-    assert torch.equal(drawn, expected_ids[:, 1 + topk :])
-    assert torch.allclose(weights, expected_weights[:, 1 + topk :], rtol=1e-4)
+    assert torch.equal(logits.gather(1, ids[:, kept]).abs(), logits.gather(1, expected_ids[:, kept]).abs())
+    assert torch.equal(weights[:, kept], plain.gather(ids[:, kept]))
+    assert torch.equal(ids[:, 1 + topk :], expected_ids[:, 1 + topk :])
+    assert torch.allclose(weights[:, 1 + topk :], expected_weights[:, 1 + topk :], rtol=1e-4)
 
 
 def test_select_without_draws() -> None:
     logits, _, target = logits_of(300, 1.0)
     result = error_pass(logits, target, LossOptions(), bias=None, need_groups=True)
-    top, drawn, _ = select(logits, target, torch.empty(ROWS, 0), result.group_max, result.group_sum, 4)
-    assert torch.equal(top, Error(values=logits, scale=torch.ones(ROWS)).topk(4, target))
-    assert drawn.shape == (ROWS, 0)
+    scale = torch.ones(ROWS)
+    ids, weights = select(logits, scale, target, torch.empty(ROWS, 0), result.group_max, result.group_sum, 4)
+    plain = Error(values=logits, scale=scale)
+    assert torch.equal(ids, torch.cat([target[:, None], plain.topk(4, target)], dim=1))
+    assert torch.equal(weights, plain.gather(ids))
 
 
 def test_weighted_rows_equals_the_plain_step() -> None:

@@ -213,21 +213,26 @@ def _product(
 
 
 def select(
-    values: Tensor, target: Tensor, uniforms: Tensor, group_max: Tensor, group_sum: Tensor, topk: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Top-k ids int64 [n, k], drawn ids int64 [n, m] and their weights fp32 [n, m] for row weight one."""
+    values: Tensor,
+    scale: Tensor,
+    target: Tensor,
+    uniforms: Tensor,
+    group_max: Tensor,
+    group_sum: Tensor,
+    topk: int,
+) -> tuple[Tensor, Tensor]:
+    """Ids int64 [n, 1 + k + m] and weights fp32 [n, 1 + k + m]: gold, the top-k and the draws, as `Error.select`."""
     num_rows, vocab_size = values.shape
     num_draws, num_groups = uniforms.shape[1], group_max.shape[1]
-    top = target.new_empty(num_rows, topk)
-    drawn = target.new_empty(num_rows, num_draws)
-    weights = uniforms.new_empty(num_rows, num_draws)
+    ids = target.new_empty(num_rows, 1 + topk + num_draws)
+    weights = scale.new_empty(ids.shape)
     select_kernel[(num_rows,)](
-        values, values.stride(0), target, uniforms, group_max, group_sum, num_groups, vocab_size, top, drawn, weights,
+        values, values.stride(0), scale, target, uniforms, group_max, group_sum, num_groups, vocab_size, ids, weights,
         TOP=topk, TOP_BLOCK=triton.next_power_of_2(max(topk, 1)),
         DRAWS=num_draws, DRAWS_BLOCK=triton.next_power_of_2(max(num_draws, 1)),
         GROUP=GROUP, GROUPS=triton.next_power_of_2(num_groups), num_warps=4,
     )  # fmt: skip
-    return top, drawn, weights
+    return ids, weights
 
 
 def weighted_rows(ids: Tensor, weights: Tensor, rows: Tensor) -> Tensor:

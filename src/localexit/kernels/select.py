@@ -14,11 +14,13 @@ def _nth(vector, position, WIDTH: tl.constexpr):
 
 @triton.jit
 def select_kernel(
-    values, stride, target, uniforms, group_max, group_sum, num_groups, vocab_size, top_ids, drawn_ids, drawn_weights,
+    values, stride, scale, target, uniforms, group_max, group_sum, num_groups, vocab_size, ids_out, weights_out,
     TOP: tl.constexpr, TOP_BLOCK: tl.constexpr, DRAWS: tl.constexpr, DRAWS_BLOCK: tl.constexpr,
     GROUP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """The TOP largest magnitudes of a row without gold, then DRAWS draws in proportion to the rest; one program a row.
+    """Gold, the TOP largest magnitudes without it, and DRAWS draws in proportion to the rest; one program a row.
+
+    What is kept is weighted by its entry, what is drawn by its share of the rest, both times the row's scale.
 
     The TOP largest entries lie in the TOP groups with the largest maxima: only those are loaded. What the chosen leave
     behind in these groups is summed anew: subtracting them from a group's sum would leave rounding noise to draw from.
@@ -26,6 +28,11 @@ def select_kernel(
     index = tl.program_id(0).to(tl.int64)
     row = values + index * stride
     gold = tl.load(target + index).to(tl.int32)
+    row_scale = tl.load(scale + index)
+    ids_out += index * (1 + TOP + DRAWS)
+    weights_out += index * (1 + TOP + DRAWS)
+    tl.store(ids_out, gold.to(tl.int64))
+    tl.store(weights_out, row_scale * tl.load(row + gold).to(tl.float32))
     groups = tl.arange(0, GROUPS)
     lanes = tl.arange(0, GROUP)
     mass = tl.load(group_sum + index * num_groups + groups, mask=groups < num_groups, other=0.0)
@@ -53,7 +60,9 @@ def select_kernel(
         left = tl.sum(tl.maximum(magnitude, 0.0), 1)
         for k in tl.static_range(TOP):
             mass = tl.where(groups == _nth(chosen, k, TOP_BLOCK), _nth(left, k, TOP_BLOCK), mass)
-        tl.store(top_ids + index * TOP + slots, taken.to(tl.int64), mask=slots < TOP)
+        kept = tl.load(row + taken, mask=slots < TOP, other=0.0).to(tl.float32)
+        tl.store(ids_out + 1 + slots, taken.to(tl.int64), mask=slots < TOP)
+        tl.store(weights_out + 1 + slots, row_scale * kept, mask=slots < TOP)
 
     if DRAWS > 0:
         draws = tl.arange(0, DRAWS_BLOCK)
@@ -75,8 +84,8 @@ def select_kernel(
         is_drawn = (lanes[None, :] == offset[:, None]) & (magnitude > 0)
         sign = tl.sum(tl.where(is_drawn, tl.where(entries > 0, 1.0, -1.0), 0.0), 1)
         token = tl.minimum(group * GROUP + tl.minimum(offset, GROUP - 1), vocab_size - 1)
-        tl.store(drawn_ids + index * DRAWS + draws, token.to(tl.int64), mask=draw_inside)
-        tl.store(drawn_weights + index * DRAWS + draws, sign * total / DRAWS, mask=draw_inside)
+        tl.store(ids_out + 1 + TOP + draws, token.to(tl.int64), mask=draw_inside)
+        tl.store(weights_out + 1 + TOP + draws, row_scale * (sign * total / DRAWS), mask=draw_inside)
 
 
 @triton.jit

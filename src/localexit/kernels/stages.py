@@ -47,14 +47,12 @@ class GroupedError(Error):
     def topk(self, k: int, exclude: Tensor) -> Tensor:
         """As `Error.topk`."""
         no_draws = self.scale.new_empty(self.scale.shape[0], 0)
-        return select(self.values, exclude, no_draws, self.group_max, self.group_sum, k)[0]
+        return select(self.values, self.scale, exclude, no_draws, self.group_max, self.group_sum, k)[0][:, 1:]
 
     def select(self, k: int, uniforms: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """As `Error.select`, in one kernel."""
         k = min(k, self.values.shape[1] - 1)
-        top, drawn, weights = select(self.values, target, uniforms, self.group_max, self.group_sum, k)
-        kept = torch.cat([target[:, None], top], dim=1)
-        return torch.cat([kept, drawn], dim=1), torch.cat([self.gather(kept), self._scaled(weights)], dim=1)
+        return select(self.values, self.scale, target, uniforms, self.group_max, self.group_sum, k)
 
     def weighted_rows(self, ids: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
         """As `Error.weighted_rows`, with sums in fp32 whatever the rows are stored in: fp32 [n, D]."""
