@@ -72,7 +72,7 @@ def test_no_dtype_changes_and_sums_stay_accurate(name: str, num_examples: int) -
     @given(exits(name))
     def check(case: Exit) -> None:
         dtype = DTYPES[case.inputs.vocab % 3]
-        inputs = case.inputs.to(dtype)
+        inputs = case.to(dtype)
         options: dict[str, Any] = dict(case.options)
         if "token_weight" in options:
             options["token_weight"] = options["token_weight"].float()

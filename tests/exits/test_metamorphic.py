@@ -167,7 +167,7 @@ def test_no_loss_is_negative_and_no_probability_above_one(num_examples: int) -> 
     @fuzz_settings(num_examples)
     @given(exits("dense"), st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
     def check(case: Exit, dtype: torch.dtype) -> None:
-        inputs, options = case.inputs.to(dtype), dict(case.options)
+        inputs, options = case.to(dtype), dict(case.options)
         if "token_weight" in options:
             options["token_weight"] = options["token_weight"].abs()
         loss, stats = exit_cross_entropy(

@@ -98,8 +98,8 @@ class Outcome:
 def run(inputs: Inputs, rule: Feedback, *, upstream: Tensor | None = None, **options: Any) -> Outcome:
     """`exit_cross_entropy` and its backward."""
     hidden = inputs.hidden.detach().requires_grad_()
-    weight = inputs.weight.detach().clone().requires_grad_()
-    bias = None if inputs.bias is None else inputs.bias.detach().clone().requires_grad_()
+    weight = inputs.weight.detach().requires_grad_()
+    bias = None if inputs.bias is None else inputs.bias.detach().requires_grad_()
     loss = exit_cross_entropy(hidden, weight, inputs.target, feedback=rule, linear_bias=bias, **options)
     assert isinstance(loss, Tensor)
     loss.backward(upstream)

@@ -42,15 +42,21 @@ class Exit:
 
     Attributes:
         inputs: fp64 tensors.
+        layout: of hidden, weight and bias, which another dtype loses.
         rule: the rule, small.
         options: for `exit_cross_entropy`, the loss's.
         execution: for `exit_cross_entropy` too, but nothing may depend on them.
     """
 
     inputs: Inputs
+    layout: str
     rule: Feedback
     options: dict[str, Any]
     execution: dict[str, Any]
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The inputs in another dtype and the same layout."""
+        return laid_out(self.inputs.to(dtype), self.layout)
 
 
 def fuzz_settings(num_examples: int) -> settings:
@@ -73,12 +79,11 @@ def assert_near(actual: Tensor, expected: Tensor, *, tolerance: float, floor: fl
 @st.composite
 def exits(draw: st.DrawFn, name: str) -> Exit:
     """Any exit with the rule `name`."""
-    inputs = _laid_out(
-        make_inputs(
-            draw(SIZES), draw(WIDTHS), draw(VOCABS), bias=draw(st.booleans()), seed=draw(st.integers(0, 2**31))
-        ),
-        draw(st.sampled_from(LAYOUTS)),
+    inputs = make_inputs(
+        draw(SIZES), draw(WIDTHS), draw(VOCABS), bias=draw(st.booleans()), seed=draw(st.integers(0, 2**31))
     )
+    layout = draw(st.sampled_from(LAYOUTS))
+    inputs = laid_out(inputs, layout)
     ignore_index = draw(st.sampled_from([-100, -1, 0, 5]))
     is_ignored = torch.tensor([draw(st.booleans()) for _ in range(inputs.target.numel())], dtype=torch.bool)
     target = inputs.target.masked_fill(is_ignored.reshape(inputs.target.shape), ignore_index)
@@ -98,7 +103,7 @@ def exits(draw: st.DrawFn, name: str) -> Exit:
         "preset": draw(st.sampled_from(["fast", "memory"])),
         "chunk_bytes": draw(st.sampled_from([None, 1, 3 * 8 * inputs.vocab])),
     }
-    return Exit(inputs=inputs, rule=draw(rules(name, inputs)), options=options, execution=execution)
+    return Exit(inputs=inputs, layout=layout, rule=draw(rules(name, inputs)), options=options, execution=execution)
 
 
 @st.composite
@@ -111,15 +116,21 @@ def rules(draw: st.DrawFn, name: str, inputs: Inputs) -> Feedback:
     return small_rule(name, inputs.width, inputs.vocab, seed=draw(st.integers(0, 2**31)), **options)
 
 
-def _laid_out(inputs: Inputs, layout: str) -> Inputs:
-    hidden = inputs.hidden
-    if layout == "transposed":
-        hidden = hidden.T.contiguous().T
-    elif layout == "strided":
-        hidden = torch.stack([hidden, hidden], -1)[..., 0]
-    elif layout == "expanded":
-        hidden = hidden[:1].expand(len(hidden), -1)
-    return replace(inputs, hidden=hidden)
+def laid_out(inputs: Inputs, layout: str) -> Inputs:
+    """The same numbers at other places in memory; "expanded" gives all tokens the first one's hidden state."""
+    if layout == "expanded":
+        return replace(inputs, hidden=inputs.hidden[:1].expand(len(inputs.hidden), -1))
+    place = {"contiguous": Tensor.contiguous, "transposed": _transposed, "strided": _strided}[layout]
+    bias = None if inputs.bias is None else place(inputs.bias)
+    return replace(inputs, hidden=place(inputs.hidden), weight=place(inputs.weight), bias=bias)
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.mT.contiguous().mT if tensor.dim() == 2 else tensor
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor, tensor], -1)[..., 0]
 
 
 def _weights(target: Tensor, seed: int) -> Tensor:
