@@ -326,6 +326,26 @@ def test_a_side_stream_gives_the_same_bits(backend: str, name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("preset", ["fast", "memory"])
+@pytest.mark.parametrize(("backend", "name"), BACKENDS)
+def test_a_device_that_is_not_the_current_one(backend: str, name: str, preset: str) -> None:
+    case, results = make_case(), []
+    for device in ("cuda:0", "cuda:1"):
+        rule = make_rule(name).to(device)
+        if isinstance(rule, WeightMirror):
+            rule.rows = rule.rows.bfloat16()
+        hidden, weight = (case[key].to(device, torch.bfloat16).requires_grad_() for key in ("hidden", "weight"))
+        loss = exit_cross_entropy(
+            hidden, weight, case["target"].to(device), feedback=rule, backend=backend, preset=preset
+        )
+        loss.backward()
+        rule.update()
+        results.append([tensor.cpu() for tensor in (loss.detach(), hidden.grad, weight.grad, *rule.buffers())])
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("name", ["dense", "anchors", "mirror_sampled"])
 def test_forward_and_backward_can_be_captured_in_a_graph(name: str) -> None:
     case, rule = make_case(), make_rule(name).cuda()
@@ -518,7 +538,7 @@ def test_residuals_of_a_mirror_in_bf16_miss_nothing_of_the_hidden_states() -> No
     measured = in_fp64.logits(logits.double())
     expected = measured - in_fp64.hidden @ weight.double().T
     rounded = measured - apart.hidden.bfloat16().double() @ weight.double().T
-    actual = residuals(apart, logits.split([20, 130]), weight)
+    actual = residuals(weight, apart, logits.split([20, 130]))
     # What is left is the result's own rounding to bf16, and that of the mean's second half.
     error = float((actual.double() - expected).abs().max())
     assert error < 0.02 * float((rounded - expected).abs().max())

@@ -57,7 +57,7 @@ def test_residuals_miss_nothing_of_the_hidden_states(
     exact = measured - in_fp64.hidden @ rows.double().T
     rounded = measured - apart.hidden.to(dtype).double() @ rows.double().T
     for given in (logits, logits.T.contiguous().T):
-        error = residuals(apart, given.split(num_pairs), rows).double() - exact
+        error = residuals(rows, apart, given.split(num_pairs)).double() - exact
         # The sum's rounding in fp32, and the result's own.
         assert float(error.abs().max()) < 1e-5 * float(logits.abs().max()) + 1e-3 * float(exact.abs().max())
     assert dtype == torch.float32 or width == 1 or float((rounded - exact).abs().max()) > 10 * float(error.abs().max())

@@ -186,7 +186,7 @@ class WeightMirror(_Rows):
         # Triton is optional, and slow to import.
         from localexit.kernels.mirror import correct, residuals
 
-        residual = residuals(apart, logits, self.rows)
+        residual = residuals(self.rows, apart, logits)
         correct(self.rows, residual, back.to(self.rows.dtype), seed=rounding_seed(self.seed, self._num_steps))
 
     def _correct_by_parts(self, apart: Apart, logits: Sequence[Tensor], back: Tensor) -> None:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from localexit.kernels.devices import on_its_device
+
 _BLOCK = 256
 _UNIT: tl.constexpr = tl.constexpr(2.0**-24)
 _BELOW_ONE: tl.constexpr = tl.constexpr(1 - 2.0**-24)
@@ -55,6 +57,7 @@ def keys_kernel(
     tl.store(out + place, (keys << ROW_BITS) + rows, mask=inside)
 
 
+@on_its_device
 def stratified(step: Tensor, rows: Tensor, num: int, *, seed_key: int, exit_term: int) -> Tensor:
     """`feedback.draws.stratified_uniforms`: fp32 [N, num].
 
@@ -73,6 +76,7 @@ def stratified(step: Tensor, rows: Tensor, num: int, *, seed_key: int, exit_term
     return out
 
 
+@on_its_device
 def keys(step: Tensor, is_counted: Tensor, first_row: int, row_bits: int, *, seed_key: int, exit_term: int) -> Tensor:
     """`feedback.draws.choice_keys`: int64 [N].
 

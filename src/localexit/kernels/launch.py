@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from localexit.exits.loss import LossOptions
 from localexit.feedback.groups import GROUP
+from localexit.kernels.devices import on_its_device
 from localexit.kernels.filtered import list_rows_kernel, listed_weight_grad_kernel
 from localexit.kernels.product import finish_kernel, gold_logit_kernel, product_kernel
 from localexit.kernels.rows import error_kernel, repair_kernel, scale_kernel, tile_error_kernel
@@ -54,6 +55,7 @@ class ErrorPass:
     group_sum: Tensor
 
 
+@on_its_device
 def error_pass(
     logits: Tensor,
     target: Tensor,
@@ -146,6 +148,7 @@ def _num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@on_its_device
 def product_pass(
     hidden: Tensor, weight: Tensor, target: Tensor, options: LossOptions, *, out: Tensor, need_groups: bool = False
 ) -> ErrorPass:
@@ -169,6 +172,7 @@ def product_pass(
     return result
 
 
+@on_its_device
 def product_tile(
     hidden: Tensor,
     weight: Tensor,
@@ -212,6 +216,7 @@ def _product(
     )  # fmt: skip
 
 
+@on_its_device
 def select(
     values: Tensor,
     scale: Tensor,
@@ -235,6 +240,7 @@ def select(
     return ids, weights
 
 
+@on_its_device
 def weighted_rows(ids: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
     """Σ_k weights[i, k] rows[ids[i, k]]: fp32 [n, D]."""
     num_rows, num_picks = ids.shape
@@ -247,6 +253,7 @@ def weighted_rows(ids: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
+@on_its_device
 def tile_error(
     logits: Tensor,
     target: Tensor,
@@ -269,6 +276,7 @@ def tile_error(
     )  # fmt: skip
 
 
+@on_its_device
 def scaled(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`factor * source` in `dtype`, for a 0-dim factor: PyTorch's own product with one is three times as slow."""
     source = source.contiguous()
@@ -281,9 +289,10 @@ def scaled(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+@on_its_device
 def add_listed_weight_grad(
-    total: Tensor | None,
     values: Tensor,
+    total: Tensor | None,
     scaled_hidden: Tensor,
     target: Tensor,
     group_max: Tensor,
@@ -293,8 +302,8 @@ def add_listed_weight_grad(
     """`total + valuesᵀ @ scaled_hidden` from the groups of values [n, V] that matter, in place where there is a total.
 
     Args:
-        total: [V, D], or None to make one in the dtype of the values.
         values: [n, V], of which `scale[:, None] * values` is the error for a row weight of one.
+        total: [V, D], or None to make one in the dtype of the values.
         scaled_hidden: [n, D] in the dtype of the values, contiguous.
         target: int64 [n]; the group of the gold token is always taken.
         group_max: fp32 [n, G], largest magnitude of a row in each group, without gold.

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from localexit.feedback.ridge import Apart
+from localexit.kernels.devices import on_its_device
 from localexit.kernels.draws import mixed
 
 
@@ -99,16 +100,17 @@ def correct_kernel(
     tl.store(place, bits.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=inside)
 
 
-def residuals(apart: Apart, logits: Sequence[Tensor], rows: Tensor) -> Tensor:
+@on_its_device
+def residuals(rows: Tensor, apart: Apart, logits: Sequence[Tensor]) -> Tensor:
     """`apart.logits(torch.cat(logits)) - apart.hidden @ rows.T` as if nothing of the hidden states were rounded.
 
     A residual is a small difference of large numbers: the hidden states are taken as a bf16 number and what is left of
     them, which is another one. The logits are not copied, and the rows read once for all pairs of an exit.
 
     Args:
+        rows: bf16 [V, D], contiguous.
         apart: of all pairs, fp32.
         logits: fp32 [P, V] of the pairs of each exit; may lie column by column.
-        rows: bf16 [V, D], contiguous.
 
     Returns:
         [M, V] in the rows' dtype.
@@ -131,6 +133,7 @@ def residuals(apart: Apart, logits: Sequence[Tensor], rows: Tensor) -> Tensor:
     return result
 
 
+@on_its_device
 def correct(rows: Tensor, residual: Tensor, back: Tensor, *, seed: int) -> None:
     """`rows += residualᵀ @ back` in place, rounded up or down at random so that the mean is exact.
 

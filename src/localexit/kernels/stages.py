@@ -127,7 +127,7 @@ def _add_filtered_weight_grad(
     assert isinstance(result, GroupedRowResult)
     assert result.scale is not None
     return add_listed_weight_grad(
-        total, values, scaled_hidden, target, result.group_max, result.scale, FILTER_THRESHOLD
+        values, total, scaled_hidden, target, result.group_max, result.scale, FILTER_THRESHOLD
     )
 
 
