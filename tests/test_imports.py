@@ -31,9 +31,10 @@ ROOMS: dict[str, set[str]] = {
     "measure": {"_checks", "feedback", "exits", "local"},
     "train": {"_checks", "_files", "_rules", "_values", "feedback", "exits", "local", "inference", "measure"},
     "report": {"_checks", "_files", "_text", "feedback"},
-    "bench": {"_rules", "_values", "feedback", "exits", "train", "report"},
+    "bench": {"_files", "_rules", "_values", "feedback", "exits", "train", "report"},
     "compare": {
         "_checks",
+        "_files",
         "_rules",
         "_text",
         "_values",
