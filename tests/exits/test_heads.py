@@ -135,6 +135,39 @@ def test_compressors_keep_shape_and_dtype(dtype: torch.dtype) -> None:
         assert not code.requires_grad
 
 
+@pytest.mark.parametrize(
+    "compressor",
+    [DenseRandomCompressor(VOCAB, 5, seed=0), HybridTopKTailSketchCompressor(VOCAB, rank_exact=2, rank_tail=3, seed=0)],
+    ids=["dense", "hybrid"],
+)
+def test_autocast_does_not_change_a_compressors_sums(compressor: Any) -> None:
+    error, targets = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = compressor.compress(error, targets)
+    exact = compressor.compress(error.double(), targets)
+    torch.testing.assert_close(inside.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_a_compressor_may_leave_a_part_out() -> None:
+    error, targets = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    gold_alone = HybridTopKTailSketchCompressor(VOCAB, rank_exact=4, rank_tail=0, topk=0, seed=0)
+    expected = error[torch.arange(6), targets, None] * gold_alone.exact_codes[targets]
+    torch.testing.assert_close(gold_alone.compress(error, targets), expected)
+
+
+@pytest.mark.parametrize("mode", ["dense", "hybrid"])
+def test_the_first_id_past_the_vocabulary_is_refused(mode: Any) -> None:
+    head = FactorizedExitHead(WIDTH, VOCAB, mode=mode, rank=4, rank_exact=2)
+    with pytest.raises(ValueError, match=f"target has 1 values outside 0..{VOCAB - 1}"):
+        head(torch.zeros(2, WIDTH), torch.zeros(VOCAB, WIDTH), torch.tensor([VOCAB - 1, VOCAB]))
+
+
+def test_an_update_of_a_head_is_one_of_its_rule() -> None:
+    head = made_head("dense")
+    head.update()
+    assert int(head.feedback.step) == 1
+
+
 def test_a_compressor_computes_what_its_head_feeds_back() -> None:
     inputs = make_inputs(7, WIDTH, VOCAB)
     head = FactorizedExitHead(WIDTH, VOCAB, rank=6, rank_exact=2, topk=3, alpha_init=0.5).double()
@@ -159,6 +192,8 @@ def test_drop_in_heads_by_default() -> None:
         96,
         8,
     )
+    alone = HybridTopKTailSketchCompressor(VOCAB)
+    assert (alone.rank_exact, alone.rank_tail, alone.topk) == (32, 96, 8)
     assert float(factorized.alpha) == 1
     assert ExactParallelExitHead(200, VOCAB).mode == "parallel_only"
     assert ExactParallelExitHead(200, VOCAB, mode="parallel_gold").Q_base.shape == (200, 32)

@@ -514,8 +514,10 @@ class TestWorkThatIsNotNeeded:
 
 class TestTokenWeight:
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-    def test_its_gradient_is_the_loss_of_its_token(self, reduction: str) -> None:
-        case = make_case("dense")
+    @pytest.mark.parametrize("name", ["dense", "anchors"])
+    def test_its_gradient_is_the_loss_of_its_token(self, name: str, reduction: str) -> None:
+        # Of a rule with tensors of its own, and of one without.
+        case = make_case(name)
         token_weight = random_upstream().requires_grad_()
         loss = exit_cross_entropy(
             *case.leaves(), case.target, feedback=case.rule, token_weight=token_weight, reduction=reduction
@@ -619,6 +621,7 @@ class TestOpcheck:
             ("dense", {"dtype": torch.float16, "compute_dtype": torch.float16}),
             ("dense", {"need_hidden": False}),
             ("dense", {"need_weight": False}),
+            ("dense", {**with_bias(), "need_bias": False}),
             ("dense", {"dtype": torch.float64, "row_weight": torch.ones(NUM_TOKENS, dtype=torch.float64)}),
         ],
         ids=lambda value: value if isinstance(value, str) else "-".join(value),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helpers.ranks import run_ranks
-from localexit import DataParallel, WeightMirror, exit_cross_entropy, exit_step, feedback_names, make_feedback
+from localexit import (
+    DataParallel,
+    VocabParallel,
+    WeightMirror,
+    exit_cross_entropy,
+    exit_step,
+    feedback_names,
+    make_feedback,
+)
+from localexit.exits.ranks import choose_among_ranks
+from localexit.feedback.draws import choice_keys
 
 NUM_ROWS, WIDTH, VOCAB = 24, 8, 61
 
@@ -111,9 +122,20 @@ def test_a_rank_without_tokens() -> None:
     assert not second.any()
 
 
+@pytest.mark.parametrize("ranks", [None, SimpleNamespace(gather=lambda part: part)], ids=["alone", "a rank"])
+def test_a_first_token_that_is_ignored_is_not_chosen(ranks: Any) -> None:
+    is_counted = torch.tensor([False, True, True])
+    keys = choice_keys(3, torch.tensor(0), 0, is_counted)
+    chosen = choose_among_ranks(torch.ones(3, WIDTH), keys, 3, ranks)
+    assert chosen.is_counted.tolist() == [True, True, False]
+    assert chosen.hidden[:, 0].tolist() == [1, 1, 0]
+
+
 def test_needs_a_process_group() -> None:
     with pytest.raises(ValueError, match="start the script with torchrun"):
         DataParallel()
+    with pytest.raises(ValueError, match="start the script with torchrun"):
+        VocabParallel(vocab_size=VOCAB)
 
 
 def make_one_of_a_foreign_group() -> str:

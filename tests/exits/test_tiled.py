@@ -148,6 +148,19 @@ def test_compiled_and_checked_as_an_operator() -> None:
     assert relative(weight.grad, expected.weight_grad) < 1e-12
 
 
+def test_autocast_around_the_backward_does_not_change_dw() -> None:
+    case = make_case()
+    rule = make_feedback("dense", HIDDEN, VOCAB, seed=0)
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        weight = case["weight"].to(dtype, copy=True).requires_grad_()
+        loss = exit_cross_entropy(case["hidden"].to(dtype), weight, case["target"], feedback=rule, preset="memory")
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            loss.backward()
+        grads.append(weight.grad)
+    assert relative(grads[1], grads[0]) < 1e-5
+
+
 def test_an_unknown_preset() -> None:
     case, rule = make_case(), make_feedback("dense", HIDDEN, VOCAB)
     with pytest.raises(ValueError, match=r"preset must be one of 'fast', 'memory', got 'small'"):
@@ -175,3 +188,13 @@ def test_dw_is_as_good_as_plain_pytorch(offset: float, peak: float) -> None:
     exit_step(hidden, weight, target, feedback=rule, linear_bias=bias, grad_weight=total, preset="memory")
     exact = plain_grad(torch.float64)
     assert relative(total.double(), exact) < 2 * relative(plain_grad(torch.float32), exact) + 1e-7
+
+
+def test_in_bf16_the_logits_of_a_tile_are_as_exact_as_those_of_a_chunk() -> None:
+    case = make_case()
+    rule = make_feedback("dense", HIDDEN, VOCAB, seed=0)
+    hidden, weight, target = 3 * case["hidden"].bfloat16(), case["weight"].bfloat16(), case["target"]
+    totals = [torch.zeros(VOCAB, HIDDEN) for _ in range(2)]
+    for total, preset in zip(totals, ("fast", "memory"), strict=True):
+        exit_step(hidden, weight, target, feedback=rule, grad_weight=total, preset=preset)
+    assert relative(totals[1], totals[0]) < 1e-5

@@ -211,6 +211,31 @@ def test_a_dtensor_says_how_it_is_sharded() -> None:
     torch.testing.assert_close(torch.cat([grad for _, grad in ranks]), weight.grad, **EXACT)
 
 
+def on_a_mesh_of_two_dimensions() -> tuple[Tensor, Tensor]:
+    """Loss and this rank's rows of db, the unembedding spread over two of four ranks."""
+    hidden, weight, target = problem()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "vocab"))["vocab"]
+    sharded, bias = (distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (weight, weight.sum(1)))
+    made = VocabParallel(vocab_size=VOCAB, group=mesh.get_group()).shard(rule("dense"))
+    loss = exit_cross_entropy(hidden, sharded, target, feedback=made, linear_bias=bias)
+    loss.backward()
+    with pytest.raises(ValueError, match="linear_bias is a DTensor with placements .* distribute it with"):
+        whole = distribute_tensor(weight.sum(1), mesh, [Replicate()])
+        exit_cross_entropy(hidden, sharded, target, feedback=made, linear_bias=whole)
+    return loss.detach(), bias.grad.to_local()
+
+
+def test_a_dtensor_of_some_of_the_ranks() -> None:
+    hidden, weight, target = problem()
+    bias = weight.sum(1).requires_grad_()
+    loss = exit_cross_entropy(hidden, weight, target, feedback=rule("dense"), linear_bias=bias)
+    loss.backward()
+    ranks = run_ranks(on_a_mesh_of_two_dimensions, 4)
+    for rank in ranks:
+        torch.testing.assert_close(rank[0], loss.detach(), **EXACT)
+    torch.testing.assert_close(torch.cat([ranks[0][1], ranks[1][1]]), bias.grad, **EXACT)
+
+
 def refused() -> None:
     hidden, weight, target = problem()
     vocab = VocabParallel(vocab_size=VOCAB)

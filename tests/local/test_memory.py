@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from local.decoders import DECODERS, batch, build
 from local.rules import attached
+from localexit.local.steps import SharedGradient
 
 
 class SavedBytes:
@@ -55,6 +56,16 @@ def peak_bytes(name: str, num_blocks: int, mode: str, **options: object) -> int:
     del out
     assert not saved.live
     return saved.peak
+
+
+def test_a_shared_gradient_takes_no_second_copy_of_itself_unless_it_is_to_be_scaled() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.ones(3)
+    assert SharedGradient(parameter).total is parameter.grad
+    scaled = SharedGradient(parameter, factor=0.5)
+    scaled.total += 4
+    scaled.fold()
+    assert parameter.grad.tolist() == [3, 3, 3]
 
 
 @pytest.mark.parametrize("name", DECODERS)
