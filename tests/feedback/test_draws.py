@@ -14,6 +14,7 @@ from localexit.feedback.draws import (
     choice_keys,
     choose_exits,
     choose_rows,
+    derive_seed,
     fresh_seed,
     stratified_uniforms,
     token_uniforms,
@@ -199,6 +200,7 @@ def test_draws_stay_what_they_were() -> None:
     keys = choice_keys(3, step(5), 1, torch.tensor([True, False, True]))
     assert keys.tolist() == [691375954529878016, UNCOUNTED + 1, 3595821099239079938]
     assert [choose_exits(3, at, 2, 6) for at in range(4)] == [(1, 4), (3, 4), (1, 2), (1, 5)]
+    assert derive_seed(3, "codebook") == 2840616566754166703
 
 
 def test_a_seed_that_is_left_out_is_one_of_very_many() -> None:

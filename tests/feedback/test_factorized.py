@@ -92,6 +92,7 @@ def test_gain_multiplies_and_the_expander_spans_the_feedback(name: str) -> None:
 
 def test_dense_feedback_is_exact_at_its_initial_weight() -> None:
     rule = Dense(32, 400, rank=16, gain=0.5 * 32**0.5).double()
+    assert torch.equal(rule.initial_weight(), rule.initial_weight(std=0.02))
     weight = rule.initial_weight(std=0.5)
     assert torch.linalg.matrix_rank(weight) == 16
     assert float(weight.std()) == pytest.approx(0.5, rel=0.05)

@@ -15,6 +15,7 @@ from helpers.budget import assert_close
 from helpers.cases import Inputs, make_inputs, run
 from localexit import ExitHead, WeightMirror, WeightTransport, exit_cross_entropy, exit_step
 from localexit.feedback.draws import UNCOUNTED, choose_rows
+from localexit.feedback.ridge import apart_from_mean
 from localexit.feedback.rows import Pairs
 
 WIDTH, VOCAB = 9, 40
@@ -328,3 +329,10 @@ def test_a_head_passes_update_on() -> None:
     head.update()
     assert head.feedback.rows.any()
     assert int(head.feedback.step) == 1
+
+
+@pytest.mark.parametrize("sizes", [[5], [2, 3]])
+def test_a_weighted_sum_over_the_exits_parts_is_that_of_all(sizes: list[int]) -> None:
+    hidden, logits = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    apart = apart_from_mean(hidden)
+    torch.testing.assert_close(apart.summed(logits.split(sizes)), apart.axis @ logits)

@@ -10,6 +10,7 @@ from helpers.budget import assert_close
 from helpers.cases import Inputs, make_inputs, small_rule
 from helpers.direct import apply, cross_entropy_error, signed_error
 from localexit.feedback import Error
+from localexit.feedback.groups import draw, largest
 
 
 def whole(name: str, values: Tensor, inputs: Inputs) -> Tensor:
@@ -111,6 +112,16 @@ def test_without_a_tail_nothing_is_drawn() -> None:
     values = torch.tensor([[0.0, 2.0, 0.0]])
     _, weights = Error(values=values, scale=torch.ones(1)).sample(grid(50), torch.tensor([[1]]))
     assert not weights.any()
+
+
+def test_where_all_entries_are_zero_none_is_drawn_and_any_is_the_largest() -> None:
+    values, gold = torch.zeros(2, 130), torch.zeros(2, 1, dtype=torch.int64)
+    ids, is_drawn, total = draw(values, torch.rand(2, 3), gold)
+    assert not is_drawn.any()
+    assert not total.any()
+    assert ids.max() < 130
+    kept = largest(values, 129, gold[:, 0])
+    assert kept.sort(1).values.tolist() == [list(range(1, 130))] * 2
 
 
 def test_the_scale_of_a_row_is_not_part_of_the_draw() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.utils.parametrize
@@ -9,6 +12,9 @@ from torch import Tensor, nn
 
 from local.decoders import DECODERS, VOCAB, WIDTH, Block, PlainDecoder, build
 from localexit.local import attach, discover
+from localexit.local.discover import scaled_linear
+from localexit.local.exits import Readout
+from localexit.local.trace import trace_forward
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -21,6 +27,25 @@ def test_parts_of_known_decoders(name: str, num_blocks: int) -> None:
     assert len(anatomy.tail) == 1
     assert anatomy.unembedding.weight.shape == (VOCAB, WIDTH)
     assert (anatomy.scale, anatomy.softcap) == (1.0, None)
+
+
+def test_autocast_around_it_does_not_change_what_the_trace_sees() -> None:
+    model, ids = build("plain").eval(), torch.arange(6)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        traced = trace_forward(model, ids).logits
+    assert torch.equal(traced, model(ids))
+
+
+def test_a_scale_of_the_logits_is_one_of_their_bias_too() -> None:
+    unembedding, hidden = nn.Linear(3, 5), torch.randn(2, 3)
+    as_it_is: Any = SimpleNamespace(normed=lambda hidden: hidden)
+    for scale in (1.0, 2.0):
+        expected = scale * unembedding(hidden)
+        torch.testing.assert_close(scaled_linear(unembedding, hidden, scale), expected)
+        readout = Readout(unembedding=unembedding, scale=scale, softcap=None)
+        torch.testing.assert_close(readout.logits(as_it_is, hidden), expected)
+        logits = nn.functional.linear(readout.normed(as_it_is, hidden), readout.weight, readout.bias())
+        torch.testing.assert_close(logits, expected)
 
 
 def gemma2() -> nn.Module:

@@ -10,6 +10,7 @@ from local.decoders import VOCAB, WIDTH, PlainDecoder, batch, build, count_hooks
 from local.rules import attached, rule
 from localexit.feedback import make_feedback
 from localexit.local import LocalOutput, attach
+from localexit.local.graph import _shortened
 
 MODES = ("deferred", "stream")
 
@@ -171,3 +172,28 @@ def test_an_error_in_the_middle_of_a_step_leaves_the_model_usable() -> None:
 def test_the_rule_given_is_the_rule_used() -> None:
     given = rule("dense")
     assert attach(build("plain"), feedback=given).feedback is given
+
+
+def test_logits_of_some_positions_only_are_refused() -> None:
+    class LastPosition(PlainDecoder):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(tokens)[:, -1:]
+
+    with pytest.raises(ValueError, match=r"logits would be \[2, 8, .*the model's are \[2, 1, "):
+        attach(LastPosition(), feedback="dense")
+
+
+def test_hooks_of_others_on_the_tail_do_not_see_a_training_step_that_ended() -> None:
+    model = build("plain")
+    seen: list[int] = []
+    model.norm.register_forward_pre_hook(lambda *_: seen.append(1))
+    local = attached(model, backward="stream", exit_norm="shared")
+    seen.clear()
+    local(*batch())
+    # Once an exit: after the last one the model's own tail is not run.
+    assert len(seen) == local.num_exits
+
+
+def test_a_long_list_of_names_is_shortened() -> None:
+    assert _shortened(["a", "b", "c"]) == "a, b, c"
+    assert _shortened(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"

@@ -17,7 +17,8 @@ from local.decoders import build, gradients
 from local.families import differing, skip_if_broken, tiny_model, token_ids
 from localexit import DataParallel
 from localexit.local import attach
-from localexit.local.router import load_balancing_loss
+from localexit.local.router import RouterPlace, _place, load_balancing_loss
+from localexit.local.trace import Call, Trace
 
 MODES = ("stream", "deferred")
 COEFFICIENT = 0.25
@@ -44,6 +45,29 @@ def test_the_loss_is_that_of_transformers(top_k: int, with_mask: bool) -> None:
     mask = (torch.arange(12).reshape(2, 6) % 5 > 0).long() if with_mask else None
     expected = load_balancing_loss_func(logits, 5, top_k, mask)
     torch.testing.assert_close(load_balancing_loss(logits, top_k, mask), expected)
+
+
+def test_one_expert_a_token_is_found_too() -> None:
+    routers = attach(mixture("mixtral", num_experts_per_tok=1), feedback="transport").anatomy.routers
+    assert routers is not None
+    assert routers.top_k == 1
+
+
+def test_a_router_may_be_a_module_that_returns_its_logits_alone() -> None:
+    router, logits = nn.Linear(2, 3), torch.zeros(4, 3)
+    trace = Trace(calls=(Call(module=router, output=logits, start=0, end=1),), output=None, logits=logits)
+    assert _place(trace, logits) == RouterPlace(module=router, index=None)
+
+
+def test_a_loss_scale_multiplies_the_routers_gradients_too() -> None:
+    ids, gradients_of = token_ids(), []
+    for scale in (None, 8.0):
+        model = mixture("mixtral")
+        train(attach(model, feedback="transport", backward="stream", seed=0), "stream", ids, ids, loss_scale=scale)
+        gradients_of.append(gradients(model))
+    plain, scaled = gradients_of
+    for name, grad in plain.items():
+        torch.testing.assert_close(scaled[name], 8 * grad)
 
 
 def test_an_even_load_costs_as_much_as_there_are_experts_a_token() -> None:

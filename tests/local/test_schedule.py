@@ -226,3 +226,8 @@ def test_schedules_that_do_not_fit_the_model(schedule: ExitSchedule, options: di
     with pytest.raises(ValueError, match=message):
         attach(model, feedback="dense", schedule=schedule, **options)
     assert count_hooks(model) == 0
+
+
+def test_all_exits_may_take_part_in_every_step() -> None:
+    local = attached(build("plain"), schedule=ExitSchedule(exits_per_step=3))
+    assert local.step_weights() == attached(build("plain")).step_weights()

@@ -189,4 +189,4 @@ def choose_exits(seed: int, step: int, num: int, num_exits: int) -> tuple[int, .
         num_exits: how many there are.
     """
     keys = _row_keys(seed, _EXIT_STREAM, torch.tensor(step), 0, torch.arange(num_exits))
-    return tuple(sorted(keys.argsort(stable=True)[:num].tolist()))
+    return tuple(sorted(keys.argsort()[:num].tolist()))
