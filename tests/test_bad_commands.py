@@ -131,6 +131,13 @@ CASES: list[tuple[str, list[str]]] = [
     ("generate nowhere --prompt x --draft-exit 0 --exit 1", ["draft_exit", "exit 1"]),
     ("generate nowhere --prompt x --top-k -1", ["top_k"]),
     ("generate nowhere --prompt x --seed -1", ["seed"]),
+    ("eval", ["RUN"]),
+    ("eval nowhere", ["run", "nowhere"]),
+    ("eval notes", ["run", "notes", "config.json"]),
+    ("eval damaged", ["config.json", "damaged"]),
+    ("eval nowhere --tokens 0", ["tokens must be at least 1"]),
+    ("eval nowhere --tokens many", ["--tokens", "many"]),
+    ("eval nowhere --thresholds 0.5 2", ["thresholds", "2"]),
     ("report", ["runs"]),
     ("report nowhere", ["run", "nowhere"]),
     ("report notes", ["run", "notes", "config.json"]),
@@ -214,7 +221,7 @@ def test_a_fresh_process_refuses_within_a_second(arguments: str, folder: Path) -
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs wait4")
-@pytest.mark.parametrize("command", ["", "train", "generate", "report", "audit", "bench", "compare"])
+@pytest.mark.parametrize("command", ["", "train", "generate", "eval", "report", "audit", "bench", "compare"])
 def test_help_comes_within_a_second(command: str, folder: Path) -> None:
     status, seconds = run_fresh(f"{command} --help")
     assert status == 0
