@@ -90,7 +90,7 @@ def test_aims_on_a_gpu_are_judged(writer: ModuleType, gpu: dict[str, Any]) -> No
 
 def test_exits_that_share_are_judged_by_the_worst_rule(writer: ModuleType, gpu: dict[str, Any]) -> None:
     results = [{"name": "anchors", "exit_to_alone": 0.9}, {"name": "dense", "exit_to_alone": 1.01}]
-    told = reached(writer.gpu_aims({**gpu, "shapes": {}, "shared_exits": {"12": {"results": results}}}))
+    told = reached(writer.gpu_aims({**gpu, "shapes": {}, "updates": {}, "shared_exits": {"12": {"results": results}}}))
     assert told == {"12 exits: each against one alone (`dense`)": "no"}
 
 
