@@ -76,3 +76,23 @@ def test_targets_outside_the_vocabulary_are_refused(use: Callable[..., Any], bad
     inputs.target[3] = bad
     with pytest.raises(ValueError, match=f"target has 1 values outside 0..39, the first is {bad}"):
         use(inputs.hidden, inputs.weight, inputs.target, feedback=small_rule("dense", 9, 40))
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 3 * 40 * 8])
+def test_a_step_adds_to_the_gradients_that_it_is_given(chunk_bytes: int | None) -> None:
+    inputs, rule = make_inputs(7, 9, 40, bias=True), small_rule("dense", 9, 40)
+    weight, bias = inputs.weight.clone().requires_grad_(), inputs.bias.clone().requires_grad_()
+    exit_cross_entropy(inputs.hidden, weight, inputs.target, feedback=rule, linear_bias=bias).backward()
+    totals = torch.ones_like(inputs.weight), torch.ones_like(inputs.bias)
+    exit_step(
+        inputs.hidden,
+        inputs.weight,
+        inputs.target,
+        feedback=rule,
+        linear_bias=inputs.bias,
+        grad_weight=totals[0],
+        grad_bias=totals[1],
+        chunk_bytes=chunk_bytes,
+    )
+    for total, grad in zip(totals, (weight.grad, bias.grad), strict=True):
+        torch.testing.assert_close(total, 1 + grad)

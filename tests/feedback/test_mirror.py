@@ -336,3 +336,8 @@ def test_a_weighted_sum_over_the_exits_parts_is_that_of_all(sizes: list[int]) ->
     hidden, logits = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
     apart = apart_from_mean(hidden)
     torch.testing.assert_close(apart.summed(logits.split(sizes)), apart.axis @ logits)
+
+
+def test_an_unknown_storage_is_refused() -> None:
+    with pytest.raises(ValueError, match="storage must be one of .*got 'fp8'"):
+        WeightMirror(8, 40, storage="fp8")  # type: ignore[arg-type]
