@@ -174,7 +174,8 @@ def _gpu_aims(content: Content) -> Iterator[Aim]:
         for r in measured["results"]:
             if r["storage"] == "bf16":
                 shape = Shape(**measured["shape"])
-                aim = f"bf16 mirror, {shape}: an update with the pairs of {r['num_exits']} exits, of their time"
+                exits = "one exit" if r["num_exits"] == 1 else f"{r['num_exits']} exits"
+                aim = f"bf16 mirror, {shape}: an update with the pairs of {exits}, of their time"
                 yield at_most(aim, 100 * r["share"], 5, " %")
     for count, measured in content.get("shared_exits", {}).items():
         worst = max(measured["results"], key=lambda r: r["exit_to_alone"])
