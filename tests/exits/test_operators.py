@@ -120,6 +120,8 @@ class TestFeedbackIsUsed:
         assert relative_error(weight_grad, true_weight_grad) < CLOSE
 
 
+# Said by torch of its own code, from 2.14 on.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 class TestOtherKindsOfDifferentiation:
     """Where the feedback cannot be used, there is an error: never another gradient, never silence."""
 
@@ -603,6 +605,8 @@ def with_bias() -> dict[str, Any]:
     return {"bias": torch.zeros(VOCAB, requires_grad=True), "need_bias": True}
 
 
+# The compiler looks at the gradients of all tensors it is given.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 class TestOpcheck:
     """torch.library.opcheck: schema, fake tensors, autograd registration, ahead-of-time dispatch."""
 

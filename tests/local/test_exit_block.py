@@ -20,6 +20,7 @@ from local.test_gradients import assert_same, train_step
 from localexit import DataParallel
 from localexit.inference.cache import TextCache
 from localexit.local import ExitSchedule, LocalModel, StepInBackward, attach, load_exits, save_exits
+from localexit.local.trace import cache_argument
 
 MODES = ("deferred", "stream")
 
@@ -180,10 +181,11 @@ def test_evaluation_and_predictions_read_by_the_copies(exits: str) -> None:
 def test_a_cache_of_its_own() -> None:
     ids = torch.tensor([[5, 9, 30, 7, 11, 2]])
     local, cache = with_blocks().eval(), TextCache()
+    name = str(cache_argument(local.model))
     expected = explicit_logits("llama", local, ids)[0]
-    first = local.exit_logits(0, ids[:, :4], past_key_values=cache, use_cache=True)
+    first = local.exit_logits(0, ids[:, :4], **{name: cache}, use_cache=True)
     cache.length = 4
-    rest = local.exit_logits(0, ids[:, 4:], past_key_values=cache, use_cache=True)
+    rest = local.exit_logits(0, ids[:, 4:], **{name: cache}, use_cache=True)
     torch.testing.assert_close(torch.cat([first, rest], dim=1), expected, rtol=1e-12, atol=1e-12)
     assert cache.layers[0].keys.shape[2] == cache.branch(0).layers[0].keys.shape[2] == 6
     cache.truncate(3)
@@ -192,11 +194,12 @@ def test_a_cache_of_its_own() -> None:
 
 def test_a_cache_without_room_for_the_copy_is_refused() -> None:
     local = with_blocks().eval()
+    name = str(cache_argument(local.model))
     with pytest.raises(
         ValueError, match="exit 0 has a block of its own .* DynamicCache has no place for; pass use_cache"
     ):
-        local.exit_logits(0, batch()[0], past_key_values=DynamicCache(), use_cache=True)
-    local.exit_logits(2, batch()[0], past_key_values=DynamicCache(), use_cache=True)
+        local.exit_logits(0, batch()[0], **{name: DynamicCache()}, use_cache=True)
+    local.exit_logits(2, batch()[0], **{name: DynamicCache()}, use_cache=True)
 
 
 class Remembering(nn.Module):

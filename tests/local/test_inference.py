@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from local.decoders import DECODERS, batch, build
 from local.explicit import parts_of
 from local.rules import attached
+from localexit.local.trace import cache_argument
 
 
 def explicit_logits(name: str, model: nn.Module, ids: Tensor) -> list[Tensor]:
@@ -64,7 +67,7 @@ def test_a_cache_filled_up_to_an_exit_gives_the_same_logits(name: str, exit_inde
     whole = local.exit_logits(exit_index, ids)
     cache = DynamicCache(config=local.model.config)
     pieces = [
-        local.exit_logits(exit_index, piece, past_key_values=cache, use_cache=True)
+        local.exit_logits(exit_index, piece, **{str(cache_argument(local.model)): cache}, use_cache=True)
         for piece in (ids[:, :3], ids[:, 3:4], ids[:, 4:])
     ]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-10, atol=1e-10)
@@ -80,8 +83,29 @@ def test_exits_that_do_not_exist(exit_index: int) -> None:
 
 
 def test_a_cache_that_nobody_could_read_is_refused() -> None:
-    with pytest.raises(ValueError, match="use_cache=True needs past_key_values="):
-        attached(build("llama")).exit_logits(0, batch()[0], use_cache=True)
+    local = attached(build("llama"))
+    with pytest.raises(ValueError, match=f"use_cache=True needs {cache_argument(local.model)}="):
+        local.exit_logits(0, batch()[0], use_cache=True)
+
+
+class Renamed(nn.Module):
+    """A model whose forward calls the cache as newer ones of `transformers` do."""
+
+    def forward(self, input_ids: torch.Tensor, cache: object = None, use_cache: bool = False) -> None: ...
+
+
+class Cached(nn.Module):
+    """One with a cache of its own kind."""
+
+    def forward(self, input_ids: torch.Tensor, cache: object = None) -> None: ...
+
+
+def test_the_argument_for_the_cache_is_found() -> None:
+    old = Version(transformers.__version__) < Version("5.24")
+    assert cache_argument(build("llama")) == ("past_key_values" if old else "cache")
+    assert cache_argument(Renamed()) == "cache"
+    assert cache_argument(Cached()) is None
+    assert cache_argument(build("plain")) is None
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -13,7 +13,7 @@ from localexit.inference.architecture import longest_context, model_config
 from localexit.inference.cache import TextCache
 from localexit.local import LocalModel
 from localexit.local.discover import TOLERANCE
-from localexit.local.trace import accepts, random_ids
+from localexit.local.trace import accepts, cache_argument, random_ids
 
 
 class Decoder:
@@ -32,7 +32,7 @@ class Decoder:
         ids: the beginning of the text; what does not fit into `limit` is cut off at its front.
         limit: most tokens the model takes; by default what its configuration names.
         use_cache: keep keys and values. Off, every token is read again with each new one; so does a model whose forward
-            takes no `past_key_values`.
+            takes no cache.
 
     Attributes:
         ids: the text.
@@ -46,7 +46,7 @@ class Decoder:
         self.local = local
         self.limit = limit or longest_context(model_config(local)) or sys.maxsize
         self.num_block_tokens = 0
-        self._uses_cache = use_cache and accepts(local.model, "past_key_values")
+        self._cache_argument = cache_argument(local.model) if use_cache else None
         self._takes_switch = accepts(local.model, "use_cache")
         self._cache: TextCache | None = None
         self._num_read: list[int] = []
@@ -108,7 +108,7 @@ class Decoder:
 
     def _forget(self) -> None:
         num_units = self.local.num_exits
-        self._cache = TextCache() if self._uses_cache else None
+        self._cache = None if self._cache_argument is None else TextCache()
         self._num_read = [0] * num_units
         self._waiting = [[] for _ in range(num_units)]
 
@@ -147,7 +147,7 @@ class Decoder:
         if self._cache is None:
             return {"use_cache": False} if self._takes_switch else {}
         self._cache.length = start
-        return {"past_key_values": self._cache, "use_cache": True}
+        return {str(self._cache_argument): self._cache, "use_cache": True}
 
 
 def _joined(pieces: list[Tensor]) -> list[Tensor]:

@@ -35,7 +35,7 @@ from localexit.local.steps import (
     StreamStep,
     TrainingStep,
 )
-from localexit.local.trace import accepts, eval_mode
+from localexit.local.trace import accepts, cache_argument, eval_mode
 from localexit.local.units import Unit
 
 if TYPE_CHECKING:
@@ -452,8 +452,9 @@ class LocalModel(nn.Module):
     ) -> Tensor:
         """Logits at one exit, without gradients; the blocks after it are not run.
 
-        With `past_key_values=` (an object of `transformers`) and `use_cache=True` the blocks up to the exit update
-        their part of the cache; a cache belongs to one exit, and one with a block of its own takes none.
+        With `past_key_values=` (an object of `transformers`, whose models call it `cache` from 5.24 on) and
+        `use_cache=True` the blocks up to the exit update their part of the cache; a cache belongs to one exit, and one
+        with a block of its own takes none.
 
         Args:
             exit_index: which exit; negative ones count from the last.
@@ -469,8 +470,9 @@ class LocalModel(nn.Module):
                 the exit's own.
         """
         last_exit = self.exit_position(exit_index)
-        if inputs.get("use_cache") and inputs.get("past_key_values") is None:
-            raise ValueError("use_cache=True needs past_key_values=, the cache to fill: only logits are returned")
+        name = cache_argument(self.model) or "past_key_values"
+        if inputs.get("use_cache") and inputs.get(name) is None and inputs.get("past_key_values") is None:
+            raise ValueError(f"use_cache=True needs {name}=, the cache to fill: only logits are returned")
         if self.exits[last_exit].block is not None and "use_cache" in self._takes:
             # A cache that the model makes by itself would have the block's keys where those of its copy belong.
             inputs.setdefault("use_cache", False)

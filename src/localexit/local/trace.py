@@ -163,6 +163,16 @@ def accepts(model: nn.Module, name: str) -> bool:
     return callable(get_base_model) and accepts(get_base_model(), name)
 
 
+def cache_argument(model: nn.Module) -> str | None:
+    """What the model's forward calls the cache of keys and values that it fills, or None where it takes none.
+
+    Models of `transformers` before 5.24 say "past_key_values", later ones "cache".
+    """
+    if accepts(model, "cache") and accepts(model, "use_cache"):
+        return "cache"
+    return "past_key_values" if accepts(model, "past_key_values") else None
+
+
 def run_model(model: nn.Module, example: Tensor | Mapping[str, Any], **options: Any) -> Any:
     """The model's forward of an example; labels only where they are among the options.
 
