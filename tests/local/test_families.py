@@ -14,6 +14,7 @@ from local import families
 from local.decoders import gradients
 from local.families import family_names, judge, skip_if_broken, tiny_model, token_ids
 from localexit.local import attach
+from localexit.local.trace import cache_argument
 
 # The norm in front of the unembedding, by hand: on purpose unlike discovery.
 NORMS = {
@@ -146,7 +147,7 @@ def test_low_rank_adapters(mode: str) -> None:
     caches: list[object] = []
     for block in blocks_of(wrapped):
         block.register_forward_pre_hook(
-            lambda _module, _args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True
+            lambda _module, _args, kwargs: caches.append(kwargs[str(cache_argument(wrapped))]), with_kwargs=True
         )
     local = attach(wrapped, feedback="transport", backward=mode)
     caches.clear()
