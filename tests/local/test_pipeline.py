@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from helpers.ranks import run_ranks
@@ -47,8 +48,10 @@ def alone(name: str, num_microbatches: int, num_steps: int, options: dict[str, A
     return {"losses": losses, **state_of(local)}
 
 
-def on_stages(name: str, num_microbatches: int, num_steps: int, options: dict[str, Any]) -> dict[str, Tensor]:
-    stage = Pipeline(made(name, **options))
+def on_stages(
+    name: str, num_microbatches: int, num_steps: int, options: dict[str, Any], group: Any = None
+) -> dict[str, Tensor]:
+    stage = Pipeline(made(name, **options), group=group)
     optimizer = optimizer_of(stage.parameters())
     losses = torch.empty(0)
     for ids, labels in batches(num_steps):
@@ -70,6 +73,18 @@ def check(name: str, num_ranks: int, *, num_microbatches: int = 4, num_steps: in
 
 def test_two_stages_train_like_one_process() -> None:
     check("mirror_sampled", 2)
+
+
+def on_the_last_two_ranks() -> dict[str, Tensor]:
+    group = dist.new_group([1, 2])
+    return {} if dist.get_rank() == 0 else on_stages("mirror_sampled", 4, 2, {}, group)
+
+
+def test_a_pipeline_of_some_of_the_ranks() -> None:
+    expected = alone("mirror_sampled", 4, 2, {})
+    for tensors in run_ranks(on_the_last_two_ranks, 3)[1:]:
+        for key, tensor in expected.items():
+            torch.testing.assert_close(tensors[key], tensor, **EXACT)
 
 
 @pytest.mark.slow
