@@ -148,17 +148,21 @@ def test_compiled_and_checked_as_an_operator() -> None:
     assert relative(weight.grad, expected.weight_grad) < 1e-12
 
 
-def test_autocast_around_the_backward_does_not_change_dw() -> None:
+def test_autocast_around_the_backward_does_not_change_dw_and_db() -> None:
     case = make_case()
     rule = make_feedback("dense", HIDDEN, VOCAB, seed=0)
     grads = []
     for dtype in (torch.float64, torch.float32):
         weight = case["weight"].to(dtype, copy=True).requires_grad_()
-        loss = exit_cross_entropy(case["hidden"].to(dtype), weight, case["target"], feedback=rule, preset="memory")
+        bias = case["bias"].to(dtype, copy=True).requires_grad_()
+        loss = exit_cross_entropy(
+            case["hidden"].to(dtype), weight, case["target"], feedback=rule, linear_bias=bias, preset="memory"
+        )
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
             loss.backward()
-        grads.append(weight.grad)
-    assert relative(grads[1], grads[0]) < 1e-5
+        grads.append((weight.grad, bias.grad))
+    for ours, exact in zip(*reversed(grads), strict=True):
+        assert relative(ours, exact) < 1e-5
 
 
 def test_an_unknown_preset() -> None:
