@@ -30,7 +30,7 @@ def test_parts_of_known_decoders(name: str, num_blocks: int) -> None:
 
 
 def test_autocast_around_it_does_not_change_what_the_trace_sees() -> None:
-    model, ids = build("plain").eval(), torch.arange(6)[None]
+    model, ids = build("plain").float().eval(), torch.arange(6)[None]
     with torch.autocast("cpu", torch.bfloat16):
         traced = trace_forward(model, ids).logits
     assert torch.equal(traced, model(ids))
