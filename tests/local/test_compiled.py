@@ -136,6 +136,8 @@ def test_other_shapes_are_compiled_once_more_at_most() -> None:
 def test_families(family: str) -> None:
     """Blocks that differ in what they attend to, that have routers of their own, or no attention at all."""
     skip_if_broken(family)
+    if family == "mixtral" and torch.__version__ < "2.12":
+        pytest.skip("the compiler of torch 2.11 takes the experts' grouped products in bf16 only")
     eager, compiled = (attach(tiny_model(family), feedback="transport", backward="stream") for _ in range(2))
     counter = counted(compiled)
     for local in (eager, compiled):
