@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -11,11 +10,11 @@ from localexit import _checks
 from localexit.exits.chunked import PLAIN, Stages
 from localexit.exits.loss import LossOptions
 from localexit.feedback.base import Feedback
+from localexit.feedback.draws import HAS_TRITON
 
 Backend = Literal["auto", "torch", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-_HAS_TRITON = find_spec("triton") is not None
 # Beyond this a soft-capped logit could be further above its gold logit than the kernel's one pass allows.
 _MOST_SOFTCAP = 30.0
 
@@ -34,7 +33,7 @@ def triton_refusal(
         return "label_smoothing together with softcap, or with a rule that selects tokens, is not in the kernels"
     if options.softcap is not None and options.softcap > _MOST_SOFTCAP:
         return f"softcap={options.softcap} is above {_MOST_SOFTCAP}, the most the one pass allows"
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         return "the package triton is not installed; install localexit[gpu]"
     return None
 

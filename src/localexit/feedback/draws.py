@@ -15,7 +15,8 @@ from torch import Tensor
 
 from localexit import _checks
 
-_HAS_TRITON = find_spec("triton") is not None
+# Triton is optional and slow to import: whether it could be.
+HAS_TRITON = find_spec("triton") is not None
 _MASK = 0xFFFFFFFF
 # Odd constants that keep the streams apart; any fixed values do.
 _DRAW_STREAM = 0x2545F491
@@ -69,7 +70,7 @@ def _row_keys(seed: int, stream: int, step: Tensor, exit_index: int, rows: Tenso
 
 def runs_kernel(step: Tensor, tokens: Tensor) -> bool:
     """Whether the hash is one kernel: on a GPU with Triton, unless the compiler traces, which fuses it by itself."""
-    if torch.compiler.is_compiling() or not _HAS_TRITON:
+    if torch.compiler.is_compiling() or not HAS_TRITON:
         return False
     # A kernel has no use for what stands in for a tensor.
     return step.is_cuda and tokens.is_cuda and type(step) is Tensor and type(tokens) is Tensor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from localexit import _checks
 from localexit.feedback.base import Anchors, Error, Tokens, joined
-from localexit.feedback.draws import UNCOUNTED
+from localexit.feedback.draws import HAS_TRITON, UNCOUNTED
 from localexit.feedback.ridge import Apart, apart_from_mean, ridge_rows
 from localexit.feedback.rounding import round_stochastically, rounding_generator, rounding_seed
 from localexit.feedback.sampling import SAMPLING_OPTIONS, Sampling
@@ -21,12 +20,11 @@ Storage = Literal["fp32", "bf16"]
 _DTYPES: dict[Storage, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Bytes of the mirror, in the dtype it is solved in, that an update works on at a time.
 _UPDATE_BYTES = 256 * 2**20
-_HAS_TRITON = find_spec("triton") is not None
 
 
 def runs_kernel(rows: Tensor) -> bool:
     """Whether a mirror's correction is one kernel: bf16 on a GPU, and Triton installed."""
-    return rows.is_cuda and rows.dtype == torch.bfloat16 and _HAS_TRITON
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and HAS_TRITON
 
 
 class _Rows(Sampling):
