@@ -113,6 +113,8 @@ def _step(rule: Feedback, backend: Backend, inputs: Inputs, weight_grad: WeightG
         backend=backend,
         weight_grad=weight_grad,
     )
+    # What a mirror collects it learns from once a training step; here it would be merged from call to call.
+    rule.discard()
     inputs.hidden.grad = step.feedback
     return step.loss
 
