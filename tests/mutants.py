@@ -55,6 +55,7 @@ _OPERATORS = [
     ),
     "tests/exits/test_operators.py::test_draws_advance_with_update",
 ]
+_SIGNATURES = "tests/test_signatures.py"
 
 
 def _files(room: str, *names: str) -> list[str]:
@@ -68,6 +69,7 @@ ROOM_TESTS: dict[str, list[str]] = {
         "tests/feedback",
         "tests/docs/test_rules_page.py",
         "tests/test_checks.py",
+        _SIGNATURES,
     ],
     "exits": [
         *_files("exits", "golden"),
@@ -75,17 +77,25 @@ ROOM_TESTS: dict[str, list[str]] = {
         *_files("exits", "heads", "tiled", "defects", "dtypes"),
         "tests/exits/test_oracle.py::test_statistics",
         "tests/test_checks.py",
+        _SIGNATURES,
     ],
-    "local": _files("local", "gradients", "units", "refusals", "passthrough", "discover", "controls", "memory"),
+    "local": [
+        *_files("local", "gradients", "units", "refusals", "passthrough", "discover", "controls", "memory"),
+        _SIGNATURES,
+    ],
 }
 # Tests of a file besides those of its name.
 FILE_TESTS: dict[str, list[str]] = {
     "exits/chunked.py": _files("exits", "filtered", "ranks"),
     "exits/functional.py": [*_OPERATORS, *_files("exits", "chunked", "ranks", "vocab"), *_files("feedback", "mirror")],
-    "exits/head_operators.py": _OPERATORS,
-    "exits/operators.py": [*_OPERATORS, "tests/exits/test_operators.py::TestOpcheck::test_exit_loss"],
+    "exits/head_operators.py": [*_OPERATORS, "tests/exits/test_operators.py::TestOpcheck::test_exit_logits"],
+    "exits/operators.py": [
+        *_OPERATORS,
+        *(f"tests/exits/test_operators.py::TestOpcheck::test_{name}" for name in ("exit_loss", "tiled_gradients")),
+    ],
     "exits/ranks.py": _files("exits", "vocab"),
     "exits/reference.py": ["tests/exits/test_oracle.py"],
+    "exits/tiled.py": _files("exits", "chunked"),
     "exits/vocab.py": _files("local", "vocab_parallel"),
     "local/attach.py": _files("local", "exit_block", "data_parallel", "vocab_parallel"),
     "local/average.py": _files("local", "data_parallel", "in_backward"),

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from helpers.budget import assert_close
 from helpers.cases import make_inputs, small_rule
 from localexit import exit_cross_entropy, exit_step
 from localexit.exits import chunked
-from localexit.exits.chunked import PLAIN, ExitCall, chunk_rows
+from localexit.exits.chunked import PLAIN, ExitCall, chunk_rows, run_exit
 from localexit.exits.loss import LossOptions
+from localexit.exits.reference import reference_exit
+from localexit.exits.tiled import _tile_columns
 
 MIB = 2**20
 
@@ -37,12 +41,18 @@ def call(name: str, **changes: Any) -> ExitCall:
         "compute_dtype": torch.float64,
         "options": LossOptions(),
         "rule": small_rule(name, 9, 40),
+        "need_hidden": True,
+        "need_weight": True,
+        "need_bias": False,
+        "need_stats": False,
+        "is_filtered": False,
     }
     return ExitCall(**(arguments | changes))
 
 
 def test_chunks_by_default() -> None:
     """The memory preset's are bounded on any device; a rule that reads the logits halves them, for its copy."""
+    assert PLAIN.chunk_bytes == {"cpu": 64 * MIB, "cuda": 512 * MIB}
     on_cpu = PLAIN.chunk_bytes["cpu"]
     assert chunked._default_chunk_bytes(call("dense"), PLAIN) == on_cpu
     assert chunked._default_chunk_bytes(call("parallel"), PLAIN) == on_cpu // 2
@@ -52,6 +62,56 @@ def test_chunks_by_default() -> None:
     assert chunked._default_chunk_bytes(call("dense", preset="memory"), large) == 96 * MIB
     assert chunked._default_chunk_bytes(call("dense", preset="memory", spare_bytes=4 * MIB), large) == 100 * MIB
     assert chunked._default_chunk_bytes(call("dense", preset="memory", spare_bytes=MIB), PLAIN) == on_cpu
+
+
+@pytest.mark.parametrize(
+    ("device", "num_rows", "hidden_bytes", "expected"),
+    [
+        ("cpu", 1024, 16 * MIB, 16384),
+        ("cpu", 1, 0, 16 * MIB),
+        ("cuda", 1024, 16 * MIB, 40960),
+        ("cpu", 100_000, 0, 128),
+        ("cpu", 200_000, 0, 83),
+        ("cpu", 10**9, 0, 1),
+    ],
+    ids=["cpu", "one token", "with the hidden states on a GPU", "cut to where a tile begins", "narrow", "a column"],
+)
+def test_tiles_by_default(device: str, num_rows: int, hidden_bytes: int, expected: int) -> None:
+    """Of 64 MiB on a CPU; on a GPU of 176 MiB, together with the hidden states. They begin at multiples of 128."""
+    hidden: Any = SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda", nbytes=hidden_bytes)
+    assert _tile_columns(num_rows, 4, hidden) == expected
+
+
+def in_fp32(total: torch.Tensor | None, values: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+    """What a GPU's product of bf16 adds to a sum in fp32."""
+    return values.T @ scaled if total is None else total.addmm_(values.T.to(total.dtype), scaled.to(total.dtype))
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "num_chunks", "expected"),
+    [
+        (torch.bfloat16, 1, torch.bfloat16),
+        (torch.bfloat16, 2, torch.float32),
+        (torch.float32, 1, torch.float32),
+        (torch.float32, 2, torch.float32),
+    ],
+)
+def test_products_in_bf16_are_summed_in_fp32(weight_dtype: torch.dtype, num_chunks: int, expected: torch.dtype) -> None:
+    """As on a GPU. A single product in the dtype of the gradient is the gradient: nothing is summed."""
+    stages = replace(PLAIN, value_dtype=lambda _: torch.bfloat16, add_weight_grad=in_fp32)
+    inputs = make_inputs(8, 9, 40)
+    tensors = {"hidden": inputs.hidden.bfloat16(), "weight": inputs.weight.to(weight_dtype), "target": inputs.target}
+    options = {"row_weight": torch.ones(8), "compute_dtype": torch.bfloat16, "need_bias": True}
+    result = run_exit(call("dense", **tensors, **options, chunk_bytes=8 * 40 * 4 // num_chunks), stages=stages)
+    assert result.weight_grad is not None
+    assert result.bias_grad is not None
+    assert (result.weight_grad.dtype, result.bias_grad.dtype) == (expected, torch.float32)
+    exact = reference_exit(
+        tensors["hidden"].double(), tensors["weight"].bfloat16().double(), inputs.target,
+        feedback=small_rule("dense", 9, 40), reduction="sum",
+    )  # fmt: skip
+    assert_close(result.weight_grad.double(), exact.weight_grad, tolerance=2e-2)
+    assert_close(result.bias_grad.double(), exact.bias_grad, tolerance=2e-2)
 
 
 @pytest.mark.parametrize("name", ["transport_sampled", "mirror_sampled"])

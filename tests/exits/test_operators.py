@@ -31,7 +31,7 @@ from exits.canaries import (
     relative_error,
 )
 from localexit import ExitHead, exit_cross_entropy, exit_step
-from localexit.exits import operators
+from localexit.exits import chunked, operators
 from localexit.exits.chunked import PLAIN
 from localexit.exits.functional import ExitStats
 from localexit.exits.head_operators import exit_logits, exit_logits_backward
@@ -505,6 +505,19 @@ class TestWorkThatIsNotNeeded:
         case = make_case("dense")
         exit_cross_entropy(case.hidden, case.weight, case.target, feedback=case.rule)
         assert stage_calls == Counter(logits=1, loss_and_error=1, error=0)
+
+    def test_the_memory_preset_lends_to_chunks_what_dw_takes_later(
+        self, monkeypatch: pytest.MonkeyPatch, stage_calls: Counter[str]
+    ) -> None:
+        """Nothing where the weight is frozen: six chunks of four tokens then, and else all tokens in one."""
+        monkeypatch.setattr(chunked, "_MEMORY_PRESET_CHUNK_BYTES", 4 * 4 * VOCAB)
+        case = make_case("dense")
+        num_chunks = []
+        for weight in (case.weight, case.weight.clone().requires_grad_()):
+            stage_calls.clear()
+            exit_cross_entropy(case.hidden.requires_grad_(), weight, case.target, feedback=case.rule, preset="memory")
+            num_chunks.append(stage_calls["logits"])
+        assert num_chunks == [-(-NUM_TOKENS // 4), -(-NUM_TOKENS // (4 + WIDTH))]
 
     def test_upstream_per_token_recomputes_once(self, stage_calls: Counter[str]) -> None:
         case = make_case("dense")

@@ -24,6 +24,8 @@ from localexit import (
     feedback_names,
     make_feedback,
 )
+from localexit.exits.vocab import ShardedError
+from localexit.feedback import Error
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 # What changes the loss, and the rules it goes with.
@@ -185,6 +187,44 @@ def test_together_with_data_parallel() -> None:
         torch.testing.assert_close(rank["loss"], step.loss, **EXACT)
     torch.testing.assert_close(torch.cat([ranks[0]["feedback"], ranks[2]["feedback"]]), step.feedback, **EXACT)
     torch.testing.assert_close(torch.cat([ranks[0]["grad"], ranks[1]["grad"]]), grad, **EXACT)
+
+
+def in_an_autocast_region(is_sharded: bool) -> dict[str, Tensor]:
+    """The gradients of one exit in a region of bf16, of this rank's rows."""
+    hidden, weight, target = (tensor.float() if tensor.is_floating_point() else tensor for tensor in problem())
+    vocab = VocabParallel(vocab_size=VOCAB) if is_sharded else None
+    made, rows = make_feedback("dense", WIDTH, VOCAB), slice(None)
+    if vocab is not None:
+        made, rows = vocab.shard(made), vocab.rows
+    leaves = [hidden.requires_grad_(), weight[rows].clone().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        exit_cross_entropy(*leaves, target, feedback=made, vocab_parallel=vocab).backward()
+    return {"feedback": leaves[0].grad, "rows": leaves[1].grad}
+
+
+def test_autocast_decides_the_dtype_of_the_products_with_the_weight_alone() -> None:
+    whole, ranks = in_an_autocast_region(False), run_ranks(in_an_autocast_region, 2, True)
+    for rank in ranks:
+        torch.testing.assert_close(rank["feedback"], whole["feedback"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(torch.cat([rank["rows"] for rank in ranks]), whole["rows"], rtol=1e-5, atol=1e-7)
+
+
+def views_of_an_error() -> None:
+    """One rank has all columns: its view of an error in bf16, and the plain one."""
+    generator = torch.Generator().manual_seed(0)
+    values = (0.3 * torch.randn(6, 1001, generator=generator)).bfloat16()
+    uniforms, codes = torch.rand(6, 5, generator=generator), torch.randn(1001, 3, generator=generator).bfloat16()
+    gold = torch.randint(1001, (6,), generator=generator)
+    known = {"values": values, "scale": torch.linspace(-1, 2, 6)}
+    plain, sharded = Error(**known), ShardedError(**known, vocab=VocabParallel(vocab_size=1001))
+    assert torch.equal(sharded.topk(4, gold), plain.topk(4, gold))
+    for ours, theirs in zip(sharded.select(4, uniforms, gold), plain.select(4, uniforms, gold), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    torch.testing.assert_close(sharded.matmul(codes), plain.matmul(codes))
+
+
+def test_a_rank_with_all_columns_sees_what_is_seen_without_ranks() -> None:
+    run_ranks(views_of_an_error, 1)
 
 
 def with_dtensor() -> tuple[Tensor, Tensor]:

@@ -9,10 +9,12 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from helpers.budget import assert_close
 from helpers.cases import Inputs, make_inputs, run
+from helpers.largest import Largest
 from localexit import ExitHead, WeightMirror, WeightTransport, exit_cross_entropy, exit_step
 from localexit.feedback.draws import UNCOUNTED, choose_rows
 from localexit.feedback.ridge import apart_from_mean
@@ -95,9 +97,10 @@ def test_the_bias_is_not_part_of_what_it_learns() -> None:
     assert torch.equal(with_bias.rows, without.rows)
 
 
-def test_the_pairs_of_all_exits_are_used() -> None:
+@pytest.mark.parametrize("num_exits", [2, 3])
+def test_the_pairs_of_all_exits_are_used(num_exits: int) -> None:
     rule = mirror()
-    exits = [make_inputs(7, WIDTH, VOCAB, seed=seed) for seed in (1, 2, 3)]
+    exits = [make_inputs(7, WIDTH, VOCAB, seed=1 + index) for index in range(num_exits)]
     hidden = torch.cat([inputs.hidden[chosen(inputs, rule, i)] for i, inputs in enumerate(exits)])
     shared = [replace(inputs, weight=exits[0].weight) for inputs in exits]
     expected = delta_rule(rule.rows.clone(), hidden, hidden @ exits[0].weight.T)
@@ -241,12 +244,15 @@ def test_autocast_does_not_round_what_it_learns() -> None:
     inputs = make_inputs(7, WIDTH, VOCAB).to(torch.float32)
     plain, cast = (WeightMirror(WIDTH, VOCAB, num_pairs=4, seed=3) for _ in range(2))
     forward(inputs, plain)
+    plain.update()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         forward(inputs, cast)
-    for rule in (plain, cast):
-        rule.update()
-    assert plain.rows.any()
+        cast.update()
     assert torch.equal(cast.rows, plain.rows)
+    exact = mirror()
+    forward(inputs.to(torch.float64), exact)
+    exact.update()
+    assert_close(plain.rows.double(), exact.rows, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("num_pairs", [3, 9, 20], ids=["fewer_than_D", "as_many_as_D", "more_than_D"])
@@ -310,6 +316,17 @@ def test_an_update_by_parts_is_the_update(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("localexit.feedback.rows._UPDATE_BYTES", 7 * WIDTH * 8)
     parts.update()
     assert_close(parts.rows, whole.rows, tolerance=1e-12)
+
+
+def test_the_parts_of_an_update_are_of_256_mebibytes() -> None:
+    """All that is made besides the mirror of a large model: as fp32, it alone would be three times as much."""
+    with FakeTensorMode(), Largest() as made:
+        rule = WeightMirror(2**18, 600, storage="bf16")
+        hidden, logits = torch.empty(8, 2**18), torch.empty(8, 600)
+        rule.collect(0, Pairs(hidden=hidden, logits=logits, keys=torch.empty(8, dtype=torch.int64)))
+        made.num_bytes = 0
+        rule.update()
+    assert made.num_bytes == 256 * 2**20
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,7 +10,7 @@ from helpers.budget import assert_close
 from helpers.cases import Inputs, make_inputs, small_rule
 from helpers.direct import apply, cross_entropy_error, signed_error
 from localexit.feedback import Error
-from localexit.feedback.groups import draw, largest
+from localexit.feedback.groups import by_rows, draw, largest
 
 
 def whole(name: str, values: Tensor, inputs: Inputs) -> Tensor:
@@ -138,6 +138,21 @@ def test_the_smallest_number_draws_the_first_token_that_can_be_drawn() -> None:
     ids, weights = Error(values=values, scale=torch.ones(1)).sample(torch.zeros(1, 1), torch.tensor([[0]]))
     assert ids.tolist() == [[3]]
     assert weights.tolist() == [[5.0]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((5, 2**19), [2, 2, 1]), ((3, 2**20), [1, 1, 1]), ((2, 2**21), [1, 1])]
+)
+def test_a_cpu_works_on_four_mebibytes_at_a_time(shape: tuple[int, int], expected: list[int]) -> None:
+    """So that what is made in between stays in its cache."""
+    num_rows = []
+
+    def first(rows: Tensor) -> Tensor:
+        num_rows.append(len(rows))
+        return rows[:, 0]
+
+    assert by_rows(first, torch.zeros(()).expand(shape)).shape == shape[:1]
+    assert num_rows == expected
 
 
 def test_the_mass_of_the_tail_is_summed_in_the_dtype_of_the_scale() -> None:

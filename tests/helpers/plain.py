@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.cases import IGNORED, Inputs, Outcome
+from localexit.exits.loss import loss_and_error
 from localexit.feedback import Feedback
 from localexit.feedback.draws import choose_rows, stratified_uniforms
+
+# The plain step of a chunk: the error in place of the logits, and nothing kept.
+plain_pass = partial(loss_and_error, need_error=True, need_logits=False, need_groups=False, need_stats=False)
 
 
 @dataclass(frozen=True, kw_only=True)

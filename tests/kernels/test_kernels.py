@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.plain import plain_pass
 from localexit.exits.chunked import plain_scaled
-from localexit.exits.loss import LossOptions, loss_and_error
+from localexit.exits.loss import LossOptions
 from localexit.feedback.base import Error
 from localexit.kernels.launch import error_pass, scaled, select, weighted_rows
 
@@ -43,7 +44,7 @@ def test_error_pass_equals_the_plain_step(vocab_size: int, spread: float, name: 
     options = OPTIONS[name]
     logits, bias, target = logits_of(vocab_size, spread)
     expected_error = logits + bias
-    expected = loss_and_error(expected_error, target, options, bias=bias, need_stats=True)
+    expected = plain_pass(expected_error, target, options, bias=bias, need_stats=True)
     values = logits.clone()
     result = error_pass(values, target, options, bias=bias, need_stats=True, need_groups=True)
     # 1 - tanh² of the plain step is off by its own rounding where the cap saturates.
@@ -67,7 +68,7 @@ def test_a_saturated_soft_cap_is_not_an_overflow() -> None:
     logits[0, :6], logits[0, 200] = 90.0, -120.0
     options = LossOptions(softcap=30.0)
     expected_error = logits.clone()
-    expected = loss_and_error(expected_error, torch.tensor([200]), options)
+    expected = plain_pass(expected_error, torch.tensor([200]), options)
     result = error_pass(logits, torch.tensor([200]), options, bias=None)
     assert torch.allclose(result.loss, expected.loss, rtol=1e-5)
     assert (logits * result.scale[:, None] - expected_error).abs().max() < 1e-5
@@ -78,7 +79,7 @@ def test_error_pass_does_not_mind_a_common_offset(offset: float) -> None:
     logits, _, target = logits_of(300, 3.0)
     shifted = (logits + offset).contiguous()
     expected = (shifted - offset).clone()
-    loss_and_error(expected, target, LossOptions())
+    plain_pass(expected, target, LossOptions())
     result = error_pass(shifted, target, LossOptions(), bias=None)
     assert far(shifted * result.scale[:, None], expected) < 1e-4
 
@@ -88,7 +89,7 @@ def test_confident_targets_keep_their_error() -> None:
     logits = torch.zeros(1, 256, dtype=torch.bfloat16)
     logits[0, 7] = 26.0
     expected = logits.double()
-    loss_and_error(expected, torch.tensor([7]), LossOptions())
+    plain_pass(expected, torch.tensor([7]), LossOptions())
     result = error_pass(logits, torch.tensor([7]), LossOptions(), bias=None)
     error = logits.double() * result.scale.double()[:, None]
     assert far(error, expected) < 2**-8

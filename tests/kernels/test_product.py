@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.plain import plain_pass
 from localexit.exits.chunked import ExitCall
-from localexit.exits.loss import LossOptions, loss_and_error, tile_error
+from localexit.exits.loss import LossOptions, tile_error
 from localexit.feedback import make_feedback
 from localexit.feedback.groups import GROUP, reduce_groups
 from localexit.kernels import stages
@@ -36,7 +37,7 @@ def test_it_equals_the_plain_step(num_rows: int, width: int, vocab_size: int, sp
     hidden, weight, target = make_case(num_rows, width, vocab_size, spread)
     options = LossOptions(z_loss=1e-3)
     expected_error = (hidden.double() @ weight.double().T).float()
-    expected = loss_and_error(expected_error, target, options)
+    expected = plain_pass(expected_error, target, options)
     values = torch.full((num_rows, vocab_size), torch.nan)
     result = product_pass(hidden, weight, target, options, out=values, need_groups=True)
     error = values * result.scale[:, None]
@@ -80,7 +81,7 @@ def test_a_common_offset_changes_nothing() -> None:
 def test_a_final_tile_equals_the_plain_step() -> None:
     hidden, weight, target = make_case(130, 72, 520, 3.0)
     plain = (hidden.double() @ weight.double().T).float()
-    rows = loss_and_error(plain.clone(), target, LossOptions())
+    rows = plain_pass(plain.clone(), target, LossOptions())
     is_counted = torch.ones(130, dtype=torch.bool)
     is_counted[3] = False
     hidden[3] = torch.nan
@@ -112,7 +113,8 @@ def test_what_losses_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
         call = ExitCall(
             hidden=weight, weight=weight, bias=bias, target=torch.zeros(256, dtype=torch.int64),
             row_weight=weight[:, 0], compute_dtype=torch.float32, rule=make_feedback("dense", 64, 256),
-            need_stats=options.pop("need_stats", False), options=LossOptions(**options),
+            need_hidden=True, need_weight=True, need_bias=True, need_stats=options.pop("need_stats", False),
+            is_filtered=False, options=LossOptions(**options),
         )  # fmt: skip
         return TRITON.fused_product(call, weight) is not None, TRITON.fused_tile(call, weight) is not None
 

@@ -64,9 +64,9 @@ class ExitCall(LossCall):
         chunk_bytes: size of the chunk buffer in bytes.
         need_hidden, need_weight, need_bias: what to compute besides the loss.
         need_stats: also arg-max and entropy.
+        is_filtered: whether dW leaves out groups of entries of the error below `FILTER_THRESHOLD`.
         backend: name of the backend that was chosen.
         preset: "fast" or "memory".
-        is_filtered: whether dW leaves out groups of entries of the error below `FILTER_THRESHOLD`.
         spare_bytes: what the memory preset's second pass will take for dW: until then the chunk may have it.
     """
 
@@ -76,13 +76,13 @@ class ExitCall(LossCall):
     anchor_hidden: Tensor | None = None
     anchor_is_counted: Tensor | None = None
     chunk_bytes: int | None = None
-    need_hidden: bool = True
-    need_weight: bool = True
-    need_bias: bool = True
-    need_stats: bool = False
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+    need_stats: bool
+    is_filtered: bool
     backend: str = "torch"
     preset: str = "fast"
-    is_filtered: bool = False
     spare_bytes: int = 0
 
     @property

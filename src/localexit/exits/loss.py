@@ -61,11 +61,11 @@ def loss_and_error(
     target: Tensor,
     options: LossOptions,
     *,
+    need_error: bool,
+    need_logits: bool,
+    need_groups: bool,
+    need_stats: bool,
     bias: Tensor | None = None,
-    need_error: bool = True,
-    need_logits: bool = False,
-    need_groups: bool = False,
-    need_stats: bool = False,
     scratch: Tensor | None = None,
 ) -> RowResult:
     """Turn raw logits [n, V] into the error for row weight one, in place, and return what the rows yield.
@@ -74,11 +74,11 @@ def loss_and_error(
         logits: fp32 or fp64 [n, V], raw (bias included); overwritten.
         target: int64 [n] in 0..V-1.
         options: options of the loss.
-        bias: [V], already part of the logits; `logit_product` leaves it out.
         need_error: False for the loss alone (`logits` then hold probabilities).
         need_logits: keep the raw logits and their product with the error.
         need_groups: a backend may keep maxima and sums of groups for selections; this one does not.
         need_stats: also arg-max and entropy.
+        bias: [V], already part of the logits; `logit_product` leaves it out.
         scratch: at least [n, V], to keep raw logits in: `RowResult.raw` of an earlier chunk. A fresh one of this size
             costs a CPU more than all the rest of this function.
     """

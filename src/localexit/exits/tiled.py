@@ -71,4 +71,4 @@ def add_tiled_grads(
 def _tile_columns(num_rows: int, itemsize: int, scaled: Tensor) -> int:
     budget = TILE_BYTES.get(scaled.device.type, TILE_BYTES["cpu"]) - (scaled.nbytes if scaled.is_cuda else 0)
     columns = max(1, budget // (max(num_rows, 1) * itemsize))
-    return columns - columns % _ALIGNMENT if columns > _ALIGNMENT else columns
+    return columns // _ALIGNMENT * _ALIGNMENT or columns

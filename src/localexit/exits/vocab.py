@@ -161,7 +161,7 @@ class ShardedError(Error):
 
     def topk(self, k: int, exclude: Tensor) -> Tensor:
         """As `Error.topk`: the largest of the ranks' largest."""
-        found = self._without(exclude[:, None], -1.0).topk(min(k, self.values.shape[1]), dim=1)
+        found = self._without(exclude[:, None], -1.0).topk(min(k, self.values.shape[1]))
         return _largest_of(self.vocab, k, found.values, found.indices)[1]
 
     def sample(self, uniforms: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +217,7 @@ class ShardedTokens(Tokens):
         """As `Tokens.top_logits`."""
         assert self.logits is not None, "the rule does not declare needs_logits"
         k = min(k, self.vocab.vocab_size)
-        found = self.logits.topk(min(k, self.logits.shape[1]), dim=1)
+        found = self.logits.topk(min(k, self.logits.shape[1]))
         return _largest_of(self.vocab, k, found.values, found.indices)
 
 
@@ -227,7 +227,7 @@ def _largest_of(vocab: VocabParallel, k: int, values: Tensor, local_ids: Tensor)
     values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
     ids = torch.nn.functional.pad(local_ids + vocab.rows.start, (0, missing))
     all_values, all_ids = (vocab.gather(part).movedim(0, 1).flatten(1) for part in (values, ids))
-    found = all_values.topk(k, dim=1)
+    found = all_values.topk(k)
     return found.values, all_ids.gather(1, found.indices)
 
 
@@ -248,11 +248,11 @@ def _loss_and_error(
     target: Tensor,
     options: LossOptions,
     *,
+    need_error: bool,
+    need_logits: bool,
+    need_groups: bool,
+    need_stats: bool,
     bias: Tensor | None = None,
-    need_error: bool = True,
-    need_logits: bool = False,
-    need_groups: bool = False,
-    need_stats: bool = False,
     scratch: Tensor | None = None,
 ) -> RowResult:
     """As `exits.loss.loss_and_error`, for this rank's columns [n, V/size] of the logits."""

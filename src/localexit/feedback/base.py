@@ -171,7 +171,7 @@ class Tokens:
     def top_logits(self, k: int) -> tuple[Tensor, Tensor]:
         """The largest raw logits of each token, at most k, falling, and whose they are: [n, k] each."""
         assert self.logits is not None, "the rule does not declare needs_logits"
-        top = self.logits.topk(min(k, self.logits.shape[1]), dim=1)
+        top = self.logits.topk(min(k, self.logits.shape[1]))
         return top.values, top.indices
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from localexit.feedback.draws import derive_seed
 
@@ -28,7 +28,7 @@ def gaussian_codebook(vocab_size: int, rank: int, *, seed: int) -> Tensor:
 def unit_codebook(vocab_size: int, rank: int, *, seed: int) -> Tensor:
     """Q [V, R], fp32, rows uniform on the unit sphere."""
     codes = torch.randn(vocab_size, rank, generator=_generator(seed, "unit codebook"))
-    return codes / codes.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    return nn.functional.normalize(codes)
 
 
 def count_sketch(vocab_size: int, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ def token_uniforms(seed: int, step: Tensor, exit_index: int, rows: Tensor, num: 
     """
     keys = _row_keys(seed, _DRAW_STREAM, step, exit_index, rows)
     # Mixed, not multiplied: inductor would take a multiple of a range for an index, and compute it in 32 bits.
-    lanes = _mix(torch.arange(1, num + 1, device=rows.device, dtype=torch.int64))
+    lanes = _mix(torch.arange(1, num + 1, device=rows.device))
     return _to_unit(_mix(keys[:, None] ^ lanes[None, :]))
 
 
@@ -146,7 +146,7 @@ def choice_keys(
 
         of_hash = {"seed_key": _seed_key(seed, stream), "exit_term": _exit_term(exit_index)}
         return keys_of(step, is_counted.contiguous(), first_row, _ROW_BITS, **of_hash)
-    rows = torch.arange(is_counted.shape[0], device=is_counted.device, dtype=torch.int64) + first_row
+    rows = torch.arange(is_counted.shape[0], device=is_counted.device) + first_row
     keys = _row_keys(seed, stream, step, exit_index, rows)
     return torch.where(is_counted, keys, _MASK + 1) * (1 << _ROW_BITS) + rows
 

@@ -29,7 +29,7 @@ def reduce_groups(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
     def of(rows: Tensor) -> Tensor:
         whole, rest = rows.abs().tensor_split([num_whole * GROUP], dim=1)
         reduced = reduce(whole.unflatten(1, (num_whole, GROUP)), -1)
-        return torch.cat([reduced, reduce(rest, -1)[:, None]], dim=1) if rest.shape[1] else reduced
+        return torch.cat([reduced, reduce(rest, 1)[:, None]], dim=1) if rest.shape[1] else reduced
 
     return by_rows(of, values)
 
@@ -62,10 +62,10 @@ def largest(values: Tensor, k: int, exclude: Tensor) -> Tensor:
     """Ids [n, k] of the k entries of values [n, V] largest in magnitude, leaving out exclude [n]; k < V."""
     # They lie in k groups, and the excluded one can only add its own to those with the largest entries.
     highs = reduce_groups(values, torch.amax)
-    groups = highs.topk(min(k + 1, highs.shape[1]), dim=1).indices
+    groups = highs.topk(min(k + 1, highs.shape[1])).indices
     # Below every magnitude, also where all of them are zero.
     found = entries(values, groups, exclude[:, None], -1).flatten(1)
-    place = found.topk(k, dim=1).indices
+    place = found.topk(k).indices
     return groups.gather(1, place // GROUP) * GROUP + place % GROUP
 
 
@@ -82,7 +82,7 @@ def draw(values: Tensor, uniforms: Tensor, exclude: Tensor) -> tuple[Tensor, Ten
     # What the excluded leave behind in their groups is summed anew: to subtract them would leave rounding noise.
     touched = exclude // GROUP
     sums = sums.scatter(1, touched, entries(values, touched, exclude, 0).sum(-1, dtype=dtype))
-    total = sums.sum(-1, keepdim=True)
+    total = sums.sum(1, keepdim=True)
     group, rest = _invert(sums, uniforms * total)
     inside = entries(values, group, exclude, 0).to(dtype)
     offset, _ = _invert(inside, rest[..., None])

@@ -20,7 +20,7 @@ def parallel_feedback(hidden: Tensor, logit_product: Tensor) -> Tensor:
 
     hidden [n, D]; logit_product [n] = <e, z - b>. <e W, h> = <e, W h> = <e, z - b>: W is not read.
     """
-    square = hidden.square().sum(-1, keepdim=True).clamp_min(torch.finfo(hidden.dtype).tiny)
+    square = hidden.square().sum(1, keepdim=True).clamp_min(torch.finfo(hidden.dtype).tiny)
     return logit_product[:, None] / square * hidden
 
 
@@ -29,11 +29,11 @@ def orthogonal_residual(hidden: Tensor, code: Tensor, base: Tensor) -> Tensor:
 
     hidden [n, D]; code c [n, R]; base Q [D, R] with orthonormal columns. No [n, D, R] tensor is made.
     """
-    direction = torch.nn.functional.normalize(hidden, dim=-1, eps=1e-8)
+    direction = torch.nn.functional.normalize(hidden)
     overlap = direction @ base  # [n, R]
     # ‖(I - ĥĥᵀ) q‖² = ‖q‖² - ⟨ĥ, q⟩²
     code = code * (base.square().sum(0) - overlap.square()).clamp_min(1e-8).rsqrt()
-    return code @ base.T - direction * (code * overlap).sum(-1, keepdim=True)
+    return code @ base.T - direction * (code * overlap).sum(1, keepdim=True)
 
 
 def nucleus(tokens: Tokens, threshold: float, cap: int) -> tuple[Tensor, Tensor, Tensor]:

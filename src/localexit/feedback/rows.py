@@ -34,8 +34,8 @@ class _Rows(Sampling):
     rows: Tensor
 
     def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        # Few rows are gathered: converting all of them would cost more. fp64 is for proofs.
-        return (self.rows if self.sampled and dtype != torch.float64 else self.rows.to(dtype),)
+        # Few rows are gathered: converting all of them would cost more.
+        return (self.rows if self.sampled else self.rows.to(dtype),)
 
     def forward(self, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
         return self._times(error, tokens, *prepared)
@@ -191,7 +191,7 @@ class WeightMirror(_Rows):
         dtype = back.dtype
         generator = rounding_generator(self.seed, self._num_steps, self.rows.device)
         # Row by row the update is independent: each part of B is read and written once, and nothing else is as large.
-        size = max(1, _UPDATE_BYTES // (back.shape[1] * dtype.itemsize))
+        size = _UPDATE_BYTES // (back.shape[1] * dtype.itemsize)
         of_parts = zip(*(of_exit.split(size, dim=1) for of_exit in logits), strict=True)
         for rows, measured in zip(self.rows.split(size), of_parts, strict=True):
             exact = rows.to(dtype)

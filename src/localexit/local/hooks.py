@@ -47,7 +47,7 @@ class BlockHooks:
         after_blocks: nn.Module,
         units: Sequence[Unit],
         exits: Sequence[Exit],
-        router_places: Sequence[RouterPlace] = (),
+        router_places: Sequence[RouterPlace],
     ) -> None:
         names = {id(module): name for name, module in model.named_modules()}
         self._blocks = [(names[id(block)], block) for block in blocks]

@@ -73,10 +73,10 @@ class PredictionStep(Step):
     def _predict(self, normed: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         readout = self.settings.readout
         logits = whole_linear(normed, readout.weight, readout.bias())
-        log_prob = torch.log_softmax(capped(logits, readout.softcap).to(accumulate_dtype(logits.dtype)), -1)
-        best = log_prob.max(-1)
+        log_prob = torch.log_softmax(capped(logits, readout.softcap).to(accumulate_dtype(logits.dtype)), 1)
+        best = log_prob.max(1)
         is_counted = target != IGNORE_INDEX
-        of_target = log_prob.gather(-1, torch.where(is_counted, target, 0)[:, None].long())[:, 0]
+        of_target = log_prob.gather(1, torch.where(is_counted, target, 0)[:, None].long())[:, 0]
         return best.indices, best.values.exp(), torch.where(is_counted, of_target, 0)
 
 

@@ -279,5 +279,9 @@ class _Case:
             rule=from_spec(rule.spec(), rule.state(self.weight)),
             uniforms=stratified_uniforms(*draws, rows, rule.num_draws) if rule.num_draws else None,
             anchor_rows=choose_rows(*draws, is_counted, rule.num_anchors) if rule.num_anchors else None,
+            need_hidden=True,
+            need_weight=True,
             need_bias=False,
+            need_stats=False,
+            is_filtered=False,
         )
