@@ -167,6 +167,19 @@ def test_routers_whose_loss_has_no_factor_have_none() -> None:
     assert attach(model, feedback="transport").anatomy.routers is None
 
 
+def test_a_model_that_returns_no_router_logits_although_it_is_told_to_is_named() -> None:
+    model = mixture("mixtral")
+
+    class Silent(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **{**kwargs, "output_router_logits": False})
+
+    model.__class__ = Silent
+    with pytest.warns(UserWarning, match="output_router_logits is set, and the model returned no router logits"):
+        local = attach(model, feedback="transport")
+    assert local.anatomy.routers is None
+
+
 def test_asking_for_it_when_no_routers_were_found_is_refused() -> None:
     ids = token_ids()
     model = build("llama")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,13 +79,22 @@ def discover_routers(model: nn.Module, trace: Trace, example: Tensor | Mapping[s
         example: the inputs of that forward.
 
     Returns:
-        None for a model that returned no router logits, or whose coefficient is zero.
+        None for a model that returned no router logits, with a warning if its configuration asks for them, or whose
+        coefficient is zero.
 
     Raises:
         ValueError: the router logits come from no module, or the auxiliary loss cannot be reproduced.
     """
     logits, expected = getattr(trace.output, "router_logits", None), getattr(trace.output, "aux_loss", None)
     if not logits or not isinstance(expected, Tensor):
+        if getattr(getattr(model, "config", None), "output_router_logits", False):
+            warnings.warn(
+                "config.output_router_logits is set, and the model returned no router logits with an auxiliary loss: "
+                "its routers are trained without one, as in the model's own training; another version of transformers "
+                "may return them, or set config.output_router_logits=False",
+                UserWarning,
+                stacklevel=4,
+            )
         return None
     coefficient = _coefficient(model, trace, example, float(expected))
     if coefficient == 0:
