@@ -56,6 +56,14 @@ def finite(name: str, value: Any) -> float:
     return float(value)
 
 
+def positive(name: str, value: Any, *, or_infinite: bool = False) -> float:
+    """A finite number above 0, or infinity where that stands for no limit."""
+    expected = "a positive number"
+    if not 0 < number(name, value, expected) < math.inf and not (or_infinite and value == math.inf):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return float(value)
+
+
 def non_negative(name: str, value: Any) -> float:
     """A finite number of at least 0."""
     expected = "a finite number of at least 0"

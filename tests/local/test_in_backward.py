@@ -134,3 +134,38 @@ def test_loss_scaling_is_refused() -> None:
     StepInBackward(local, torch.optim.SGD(local.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="loss_scale with steps in the backward"):
         local(*batch(), loss_scale=8.0)
+
+
+@pytest.mark.parametrize("kept", [0, 5])
+def test_an_optimiser_that_lacks_parameters_is_refused(kept: int) -> None:
+    """It would train some of the model or nothing, and leave gradients behind."""
+    local = attached(build("plain"), backward="stream")
+    some = [*local.parameters()][:kept] or [nn.Parameter(torch.zeros(2))]
+    num_missing = len([*local.parameters()]) - kept
+    with pytest.raises(ValueError, match=rf"but {num_missing} are not in it, the first is model\..*local.parameters"):
+        StepInBackward(local, torch.optim.SGD(some, lr=0.1))
+    local(*batch())
+    assert local.in_backward is None
+
+
+def test_an_optimiser_may_lack_what_is_frozen() -> None:
+    local = attached(build("plain"), backward="stream")
+    block = local.model.blocks[1].requires_grad_(False)
+    trained = [parameter for parameter in local.parameters() if parameter.requires_grad]
+    before = [parameter.clone() for parameter in trained]
+    stepper = StepInBackward(local, torch.optim.SGD(trained, lr=0.1))
+    local(*batch())
+    stepper.step()
+    assert len(trained) == len([*local.parameters()]) - len([*block.parameters()])
+    assert not any(torch.equal(p, q) for p, q in zip(trained, before, strict=True))
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan"), "1"])
+def test_a_limit_of_norms_that_is_not_positive_is_refused(max_norm: Any) -> None:
+    """torch takes a negative one and turns the gradients round."""
+    local = attached(build("plain"), backward="stream")
+    local(*batch())
+    with pytest.raises((ValueError, TypeError), match="max_norm must be a positive number"):
+        local.clip_grad_norm_(max_norm)
+    with pytest.raises((ValueError, TypeError), match="max_norm must be a positive number"):
+        StepInBackward(local, torch.optim.SGD(local.parameters(), lr=0.1), max_norm=max_norm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from localexit import _values
 from localexit.local.model import LocalModel
 from localexit.local.sharding import clip_grad_norm_
 
@@ -28,11 +29,13 @@ class StepInBackward:
 
     Args:
         local: a model attached with backward="stream".
-        optimizer: over its parameters; one that leaves parameters without a gradient alone, as torch's do.
+        optimizer: over all of its parameters that are not frozen; one that leaves parameters without a gradient alone,
+            as torch's do.
         max_norm: largest gradient norm of each unit, and of what they share; None does not clip.
 
     Raises:
-        ValueError: gradients are made in another way, or are not whole after a unit's backward.
+        ValueError: gradients are made in another way, or are not whole after a unit's backward; the optimiser lacks
+            parameters that would get gradients, which nobody would free; or `max_norm` is not positive.
     """
 
     def __init__(self, local: LocalModel, optimizer: torch.optim.Optimizer, *, max_norm: float | None = None) -> None:
@@ -46,8 +49,9 @@ class StepInBackward:
                 "steps in the backward are for one process: a unit's gradients are averaged over ranks while the next "
                 "unit computes, and are not whole before; use an ordinary optimiser"
             )
+        _check_has_all(optimizer, local)
         self.optimizer = optimizer
-        self.max_norm = float("inf") if max_norm is None else max_norm
+        self.max_norm = float("inf") if max_norm is None else _values.positive("max_norm", max_norm, or_infinite=True)
         self._local = local
         self._shared = local.shared_parameters()
         self._norms: dict[int, Tensor] = {}
@@ -94,3 +98,14 @@ class StepInBackward:
         num_units = len(self._local.units)
         per_unit = [norms.get(index, torch.zeros_like(shared_norm)) for index in range(num_units)]
         return torch.stack([norm.to(shared_norm.device) for norm in (*per_unit, shared_norm)])
+
+
+def _check_has_all(optimizer: torch.optim.Optimizer, local: LocalModel) -> None:
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    left_out = [name for name, p in local.named_parameters() if p.requires_grad and id(p) not in stepped]
+    if left_out:
+        raise ValueError(
+            f"optimizer must hold every parameter of the attached model that requires a gradient, but {len(left_out)} "
+            f"are not in it, the first is {left_out[0]}; pass local.parameters(), or freeze what is not to be trained "
+            f"with requires_grad_(False)"
+        )

@@ -529,10 +529,13 @@ class LocalModel(nn.Module):
         step of all others.
 
         Args:
-            max_norm: largest norm allowed, for each group.
+            max_norm: largest norm allowed, for each group; infinity does not clip.
 
         Returns:
             [num_units + 1], the norms before clipping; the shared parameters' last.
+
+        Raises:
+            ValueError: `max_norm` is not a positive number.
         """
         groups = [*(unit.parameters() for unit in self.units), self.shared_parameters()]
         norms = [clip_grad_norm_(group, max_norm) for group in groups]

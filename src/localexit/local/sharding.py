@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localexit import _values
+
 
 def is_sharded(value: object) -> bool:
     """Whether it is a `DTensor`, or a module that `fully_shard` was called on."""
@@ -65,7 +67,12 @@ def reshard(modules: Iterable[Any]) -> None:
 
 
 def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """`nn.utils.clip_grad_norm_` for parameters of which some may be sharded: one norm over all of them, 0-dim."""
+    """`nn.utils.clip_grad_norm_` for parameters of which some may be sharded: one norm over all of them, 0-dim.
+
+    Raises:
+        ValueError: `max_norm` is not positive; torch's own would turn the gradients round. Infinity does not clip.
+    """
+    _values.positive("max_norm", max_norm, or_infinite=True)
     with_grad = [p for p in parameters if p.grad is not None]
     sharded: list[Any] = [p.grad for p in with_grad if is_sharded(p.grad)]
     if not sharded:

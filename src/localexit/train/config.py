@@ -6,7 +6,6 @@ Without torch, so that the command answers at once.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -253,9 +252,7 @@ class TrainConfig:
 
     def _check_optimizer(self) -> None:
         for name in ("lr", "clip"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
+            _values.positive(name, getattr(self, name))
         for name in ("weight_decay", "unembedding_std"):
             _values.non_negative(name, getattr(self, name))
         for name in ("final_lr", "token_share"):
