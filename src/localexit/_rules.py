@@ -19,6 +19,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "parallel_topmass": ("residual_rank", "residual_gain", "mass_threshold", "nucleus_cap"),
     "anchors": ("num_anchors", "rank", "ridge"),
     "anchors_sampled": ("num_anchors", "rank", "ridge", "topk", "num_draws"),
+    "anchors_shared": ("num_anchors", "ridge", "topk", "num_draws"),
     "mirror": ("num_pairs", "update_every", "ridge", "storage"),
     "mirror_sampled": ("num_pairs", "update_every", "ridge", "storage", "topk", "num_draws"),
     "transport": (),

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from localexit import ExactParallelExitHead, FactorizedExitHead
 from localexit.exits.reference import Reference, reference_exit
-from localexit.feedback import Feedback, feedback_names, make_feedback
+from localexit.feedback import Feedback, feedback_names, feedback_options, make_feedback
 
 RULES = feedback_names()
 # Rules that keep state between steps, draw, or choose anchors: what compilation and recomputation could disturb.
-STATEFUL_RULES = ("anchors", "anchors_sampled", "mirror", "mirror_sampled", "transport_sampled")
+STATEFUL_RULES = ("anchors", "anchors_sampled", "anchors_shared", "mirror", "mirror_sampled", "transport_sampled")
 # Every fp32 result is off by a few roundings of sums over tens of terms; the true gradient is off by 10 % or more.
 CLOSE, FAR = 2e-6, 0.05
 NUM_TOKENS, WIDTH, VOCAB = 24, 16, 96
@@ -47,7 +47,7 @@ def make_rule(name: str, *, seed: int = 3) -> Feedback:
     """A rule by name; a mirror gets rows as if it had learned something: its zeros would feed nothing back."""
     # Fewer than the width: neither an anchor rule nor a mirror becomes the true gradient within a step or two.
     options = {"num_anchors": 8} if "anchors" in name else {"num_pairs": 8} if "mirror" in name else {}
-    if "sampled" in name:
+    if "num_draws" in feedback_options(name):
         # With these no draw lies so close to its neighbour that the rounding of bf16 or fp16 takes it there.
         options |= {"topk": 16, "num_draws": 16}
     rule = make_feedback(name, WIDTH, VOCAB, seed=seed, **options)

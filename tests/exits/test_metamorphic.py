@@ -25,7 +25,7 @@ pytestmark = [
 # In units of an error of order one.
 FLOOR = 1e-12
 # They draw by the order of the vocabulary.
-DRAWING = ("anchors_sampled", "mirror_sampled", "transport_sampled")
+DRAWING = ("anchors_sampled", "anchors_shared", "mirror_sampled", "transport_sampled")
 
 
 @st.composite

@@ -25,6 +25,7 @@ def test_names() -> None:
         "parallel_topmass",
         "anchors",
         "anchors_sampled",
+        "anchors_shared",
         "mirror",
         "mirror_sampled",
         "transport",
@@ -128,11 +129,15 @@ def test_what_a_rule_asks_of_the_exit() -> None:
         "parallel_gold",
         "parallel_topmass",
     }
-    selecting = {"hybrid", "anchors_sampled", "mirror_sampled", "transport_sampled"}
+    selecting = {"hybrid", "anchors_sampled", "anchors_shared", "mirror_sampled", "transport_sampled"}
     assert {name for name, rule in rules.items() if rule.selects} == selecting
     assert {name for name, rule in rules.items() if not rule.is_additive} == selecting
     assert {name for name, rule in rules.items() if rule.num_draws} == selecting - {"hybrid"}
-    assert {name for name, rule in rules.items() if rule.num_anchors} == {"anchors", "anchors_sampled"}
+    assert {name for name, rule in rules.items() if rule.num_anchors} == {
+        "anchors",
+        "anchors_sampled",
+        "anchors_shared",
+    }
     assert {name for name, rule in rules.items() if rule.num_pairs} == {"mirror", "mirror_sampled"}
 
 
@@ -143,6 +148,6 @@ def test_the_seed_that_is_left_out_is_zero(name: str) -> None:
     assert TABLE[name].rule(40, 11).seed == 0
 
 
-@pytest.mark.parametrize("name", ["hybrid", "anchors_sampled", "mirror_sampled", "transport_sampled"])
+@pytest.mark.parametrize("name", ["hybrid", "anchors_sampled", "anchors_shared", "mirror_sampled", "transport_sampled"])
 def test_gold_alone_may_be_kept_exactly(name: str) -> None:
     assert make_feedback(name, 40, 11, topk=0).topk == 0

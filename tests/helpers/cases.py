@@ -25,6 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "parallel_topmass": {"residual_rank": 4, "residual_gain": 0.5, "mass_threshold": 0.6},
     "anchors": {"num_anchors": 4},
     "anchors_sampled": {"num_anchors": 6, "topk": 3, "num_draws": 4},
+    "anchors_shared": {"num_anchors": 6, "topk": 3, "num_draws": 4},
     "mirror": {"num_pairs": 4},
     "mirror_sampled": {"num_pairs": 4, "topk": 3, "num_draws": 4},
     "transport": {},

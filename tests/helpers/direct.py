@@ -9,7 +9,7 @@ from torch import Tensor
 
 from helpers.cases import Inputs
 from localexit.exits.chunked import measure
-from localexit.feedback import Anchors, Error, Feedback, Tokens
+from localexit.feedback import Anchors, Error, Feedback, SharedAnchors, Tokens
 from localexit.feedback.draws import choose_rows, stratified_uniforms
 from localexit.feedback.registry import from_spec
 
@@ -69,9 +69,19 @@ def apply(
         scale=values.new_ones(len(values)) if scale is None else scale,
         logit_product=(values * logits).sum(1),
     )
-    bound = from_spec(rule.spec(), rule.state(inputs.weight))
+    bound = from_spec(rule.spec(), _state(rule, inputs, draws))
     feedback: Tensor = bound(error, tokens, bound.prepare(draws.anchors, values.dtype))
     return feedback
+
+
+def _state(rule: Feedback, inputs: Inputs, draws: Draws) -> list[Tensor]:
+    """What the exit gives the rule; anchors that the exits of a step share are those of this one."""
+    if not isinstance(rule, SharedAnchors):
+        return rule.state(inputs.weight)
+    anchors = draws.anchors
+    assert anchors is not None, "it measures anchors"
+    is_counted = torch.ones(len(anchors.hidden), dtype=torch.bool)
+    return [rule.solved(anchors.hidden, is_counted, [anchors.logits], dtype=anchors.logits.dtype).rows]
 
 
 def cross_entropy_error(inputs: Inputs) -> Tensor:

@@ -141,7 +141,7 @@ def _anchor_logits(rule: Any, seen: _Seen) -> tuple[Tensor, Tensor]:
     gram = h @ h.T
     ridge = rule.ridge * gram.trace() / len(seen.anchors)
     back = torch.linalg.solve(gram + ridge * torch.eye(len(h)), h)
-    assert rule.rank is None, "the cases of low precision have none"
+    assert getattr(rule, "rank", None) is None, "the cases of low precision have none"
     return z.T.to(seen.e.dtype), back.to(seen.e.dtype)
 
 
@@ -153,6 +153,11 @@ def _anchors(rule: Any, seen: _Seen) -> Tensor:
 def _anchors_sampled(rule: Any, seen: _Seen) -> Tensor:
     logits, back = _anchor_logits(rule, seen)
     return _sampled(rule, seen, logits) @ back
+
+
+def _anchors_shared(rule: Any, seen: _Seen) -> Tensor:
+    logits, back = _anchor_logits(rule, seen)
+    return _sampled(rule, seen, (logits.float() @ back.float()).to(seen.e.dtype))
 
 
 def _sampled(rule: Any, seen: _Seen, rows: Tensor) -> Tensor:
@@ -174,6 +179,7 @@ _RULES: dict[str, Callable[[Any, _Seen], Tensor]] = {
     "parallel_topmass": _parallel_topmass,
     "anchors": _anchors,
     "anchors_sampled": _anchors_sampled,
+    "anchors_shared": _anchors_shared,
     "mirror": lambda rule, seen: seen.e @ rule.rows.to(seen.e.dtype),
     "mirror_sampled": lambda rule, seen: _sampled(rule, seen, rule.rows.to(seen.e.dtype)),
     "transport": lambda _, seen: seen.e @ seen.weight,

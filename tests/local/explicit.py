@@ -90,7 +90,7 @@ def explicit_step(
     row_weight = None if token_weight is None else token_weight.roll(-1, dims=1).flatten()
     weight_grad, bias_grad = torch.zeros_like(parts.head.weight), torch.zeros(len(parts.head.weight)).double()
     hidden, extras = parts.embed(ids)
-    losses = []
+    losses, rows = [], None
     for index, block in enumerate(parts.blocks):
         hidden = parts.run(block, hidden, *extras)
         if index not in exits_at:
@@ -107,8 +107,10 @@ def explicit_step(
             num_items=count / weights[exit_index],
             token_weight=row_weight,
             exit_index=exit_index,
+            rows=rows,
             **loss_options,
         )
+        rows = result.rows
         if normed.requires_grad:
             normed.backward(result.feedback.view_as(normed))
         weight_grad += result.weight_grad

@@ -38,22 +38,36 @@ def counted_flops() -> Iterator[Callable[[], float]]:
         yield lambda: float(counter.get_total_flops())
 
 
-def exit_flops(local: LocalModel, num_tokens: int, precision: torch.dtype, *, backend: Backend = "torch") -> float:
+def exit_flops(
+    local: LocalModel, num_tokens: int, precision: torch.dtype, *, num_exits: int = 1, backend: Backend = "torch"
+) -> float:
     """FLOPs of one exit with `num_tokens` tokens, the rule's own learning included; on a copy of the rule.
+
+    With `num_exits` the mean over those of a step, which may share what the first one measures.
 
     Plain PyTorch makes every product with an operator that is counted. "auto" counts what a training step's exits
     show of theirs: not what kernels of our own multiply.
     """
     rule = copy.deepcopy(local.feedback)
+    rule.discard()
     weight = local.unembedding.weight.detach()
     hidden = torch.ones(num_tokens, weight.shape[1], device=weight.device)
     target = torch.zeros(num_tokens, dtype=torch.int64, device=weight.device)
     grad_weight = torch.zeros_like(weight, dtype=accumulate_dtype(weight.dtype))
     with counted_flops() as count:
         with autocast(weight.device, precision):
-            exit_step(hidden, weight, target, feedback=rule, grad_weight=grad_weight, backend=backend)
+            for index in range(num_exits):
+                exit_step(
+                    hidden,
+                    weight,
+                    target,
+                    feedback=rule,
+                    grad_weight=grad_weight,
+                    backend=backend,
+                    exit_index=index,
+                )
         rule.update()
-    return count()
+    return count() / num_exits
 
 
 def feedback_bytes(local: LocalModel) -> int:

@@ -93,7 +93,7 @@ class Job:
 # M = D/4 in both sizes.
 SMALL_ANCHORS, LARGE_ANCHORS = "anchors:num_anchors=32", "anchors:num_anchors=128"
 MAIN = (EXACT, BACKPROP, "mirror_sampled", "anchors_sampled", SMALL_ANCHORS, "dense")
-LARGE_MAIN = (EXACT, BACKPROP, "mirror_sampled", "anchors_sampled", LARGE_ANCHORS)
+LARGE_MAIN = (EXACT, BACKPROP, "mirror_sampled", "anchors_sampled", "anchors_shared", LARGE_ANCHORS)
 # W starts as what the codes stand for.
 CODES = "dense:rank=512@unembedding_init=codes"
 # An exit on every third block, with the exact gradient and without weight transport.

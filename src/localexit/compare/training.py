@@ -262,13 +262,17 @@ def _validate(trainer: Trainer, data: RunData) -> Validation:
 
 def _exit_flops_per_token(trainer: Trainer) -> float:
     num_tokens = trainer.config.batch_size * trainer.config.context
-    return exit_flops(trainer.local, num_tokens, trainer.precision) / num_tokens
+    return exit_flops(trainer.local, num_tokens, trainer.precision, num_exits=_exits_a_step(trainer)) / num_tokens
+
+
+def _exits_a_step(trainer: Trainer) -> int:
+    return trainer.config.exits_per_step or trainer.local.num_exits
 
 
 def _uncounted_flops_per_token(trainer: Trainer) -> float:
     """What a step multiplies in kernels of our own, where nobody counts."""
     config = trainer.config
-    num_exits = config.token_share * (config.exits_per_step or trainer.local.num_exits)
+    num_exits = config.token_share * _exits_a_step(trainer)
     num_tokens = config.batch_size * config.context
     whole, seen = (
         exit_flops(trainer.local, num_tokens, trainer.precision, backend=backend) for backend in ("torch", "auto")

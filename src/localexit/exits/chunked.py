@@ -61,6 +61,7 @@ class ExitCall(LossCall):
         uniforms: fp32 [N, m], the rule's draws, or None.
         anchor_rows: int64 [M], the rule's anchors among these tokens, or None.
         anchor_hidden, anchor_is_counted: [M, D] and bool [M], anchors that are not all of these tokens, or None.
+        num_measured: 0-dim, how many anchors a rule had that were measured before the call, or None.
         chunk_bytes: size of the chunk buffer in bytes.
         need_hidden, need_weight, need_bias: what to compute besides the loss.
         need_stats: also arg-max and entropy.
@@ -75,6 +76,7 @@ class ExitCall(LossCall):
     anchor_rows: Tensor | None = None
     anchor_hidden: Tensor | None = None
     anchor_is_counted: Tensor | None = None
+    num_measured: Tensor | None = None
     chunk_bytes: int | None = None
     need_hidden: bool
     need_weight: bool

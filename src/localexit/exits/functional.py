@@ -10,16 +10,17 @@ from torch import Tensor
 
 from localexit import _checks
 from localexit.exits.backends import Backend, choose_backend, stages_of
-from localexit.exits.chunked import ExitCall, ExitResult, raw_logits, run_exit
+from localexit.exits.chunked import ExitCall, ExitResult, run_exit
 from localexit.exits.loss import LossOptions
 from localexit.exits.operators import exit_loss
+from localexit.exits.pairs import collect_pairs, with_state
 from localexit.exits.ranks import DataParallel, VocabParallel, choose_among_ranks
 from localexit.exits.tiled import add_tiled_grads
 from localexit.exits.vocab import local_part, local_weight, refuse_unsupported, sharded_loss, sharded_stages
 from localexit.feedback.base import Feedback, accumulate_dtype
 from localexit.feedback.draws import choice_keys, choose_rows, stratified_uniforms
 from localexit.feedback.registry import from_spec
-from localexit.feedback.rows import Pairs, WeightMirror
+from localexit.feedback.shared import SharedAnchors
 
 Reduction = Literal["mean", "sum", "none"]
 Preset = Literal["fast", "memory"]
@@ -246,9 +247,10 @@ def exit_cross_entropy(
         need_stats=bool(return_stats),
     )
     if torch.is_grad_enabled() and feedback.training:
-        _collect_pairs(feedback, call, exit_index, first_row, data_parallel)
+        collect_pairs(feedback, call, exit_index, first_row, data_parallel)
+    call, state = with_state(feedback, call, exit_index, first_row, data_parallel)
     if vocab_parallel is not None:
-        loss, run = sharded_loss(replace(call, rule=from_spec(feedback.spec(), feedback.state(linear_weight))))
+        loss, run = sharded_loss(replace(call, rule=from_spec(feedback.spec(), state)))
         if not return_stats:
             return loss
         return loss, _stats(call, target, run.gold_logit, run.log_prob, run.argmax, run.entropy, run.is_bad)
@@ -258,7 +260,7 @@ def exit_cross_entropy(
         call.bias,
         call.target,
         call.row_weight,
-        feedback.state(linear_weight),
+        state,
         call.uniforms,
         call.anchor_rows,
         call.anchor_hidden,
@@ -359,13 +361,14 @@ def exit_step(
             need_bias=grad_bias is not None,
             need_stats=bool(return_stats),
         )
-        # Bound like in the operator: a rule that needs the weight gets it here, the others their own tensors.
-        call = replace(call, rule=from_spec(feedback.spec(), feedback.state(linear_weight)))
         dtype = accumulate_dtype(call.compute_dtype)
         _checks.accumulator("grad_weight", grad_weight, linear_weight.shape, dtype, linear_weight)
         _checks.accumulator("grad_bias", grad_bias, linear_weight.shape[:1], dtype, linear_weight)
         if feedback.training:
-            _collect_pairs(feedback, call, exit_index, first_row, data_parallel)
+            collect_pairs(feedback, call, exit_index, first_row, data_parallel)
+        # Bound like in the operator: a rule that needs the weight gets it here, the others their own tensors.
+        call, state = with_state(feedback, call, exit_index, first_row, data_parallel)
+        call = replace(call, rule=from_spec(feedback.spec(), state))
         with torch.autocast(input.device.type, enabled=False):
             result = _run_preset(call, grad_weight, grad_bias)
         return _exit_step(call, result, input, target)
@@ -467,7 +470,7 @@ def _build_call(
     )
     if vocab_parallel is not None:
         refuse_unsupported(call, reduction)
-    if not feedback.num_anchors:
+    if not feedback.num_anchors or isinstance(feedback, SharedAnchors):
         return call
     if data_parallel is None:
         return replace(call, anchor_rows=choose_rows(*draws, is_counted, feedback.num_anchors, first_row))
@@ -514,23 +517,6 @@ def _row_weight(
     return row_weight if divisor is None else row_weight / divisor
 
 
-@torch.no_grad()
-def _collect_pairs(
-    feedback: Feedback, call: ExitCall, exit_index: int, first_row: int, data_parallel: DataParallel | None
-) -> None:
-    """Hand a mirror forward pairs of this exit; it learns from them in its `update()`."""
-    if not isinstance(feedback, WeightMirror) or not feedback.is_learning:
-        return
-    is_counted = call.target != call.options.ignore_index
-    keys = choice_keys(feedback.seed, feedback.step, exit_index, is_counted, first_row)
-    chosen = choose_among_ranks(call.hidden, keys, feedback.num_pairs, data_parallel)
-    # Measured in the weight's own dtype: autocast would round what the mirror is to learn.
-    with torch.autocast(call.hidden.device.type, enabled=False):
-        hidden = chosen.hidden.to(call.weight.dtype)
-        logits = raw_logits(hidden, call.weight)
-    feedback.collect(exit_index, Pairs(hidden=hidden, logits=logits, keys=chosen.keys))
-
-
 def _exit_step(call: ExitCall, result: ExitResult, input: Tensor, target: Tensor) -> ExitStep:
     feedback = result.feedback
     stats = None
@@ -570,6 +556,8 @@ def _stats(
 
 
 def _num_anchors(call: ExitCall, num_tokens: Tensor) -> Tensor:
+    if call.num_measured is not None:
+        return call.num_measured
     if call.anchor_is_counted is not None:
         return call.anchor_is_counted.sum()
     return num_tokens.clamp_max(call.rule.num_anchors)

@@ -6,7 +6,7 @@ Slow, large, and independent of the code it judges: nothing here is shared with 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Reference:
         weight_grad, bias_grad: exact, [V, D] and [V].
         lse, log_prob, entropy: [N].
         argmax: [N].
+        rows: [V, D], what the exits of a step share under a rule that shares anchors; None under others.
     """
 
     loss: Tensor
@@ -41,6 +42,7 @@ class Reference:
     log_prob: Tensor
     entropy: Tensor
     argmax: Tensor
+    rows: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ class _Case:
     weight: Tensor
     anchors: Tensor | None
     uniforms: Tensor | None
+    rows: Tensor | None = None
 
 
 def reference_exit(
@@ -73,8 +76,12 @@ def reference_exit(
     num_items: float | None = None,
     exit_index: int = 0,
     upstream: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Reference:
-    """Run the oracle; arguments as for `exit_cross_entropy`, tensors flat, `upstream` [N] for reduction "none"."""
+    """Run the oracle; arguments as for `exit_cross_entropy`, tensors flat, `upstream` [N] for reduction "none".
+
+    `rows` are those of the step's first exit, for its later ones under a rule that shares anchors.
+    """
     h, w = hidden.detach().double(), weight.detach().double()
     b = torch.zeros(w.shape[0], dtype=torch.float64) if linear_bias is None else linear_bias.detach().double()
     counted = target != ignore_index
@@ -84,11 +91,11 @@ def reference_exit(
     gold = torch.where(counted, target, 0).long()
     row_loss = F.cross_entropy(logits, gold, reduction="none", label_smoothing=label_smoothing)
     row_loss = torch.where(counted, row_loss + z_loss * logits.logsumexp(1).square(), 0)
-    rows = torch.ones(len(gold), dtype=torch.float64) if token_weight is None else token_weight.detach().double()
-    rows = torch.where(counted, rows, 0)
+    scale = torch.ones(len(gold), dtype=torch.float64) if token_weight is None else token_weight.detach().double()
+    scale = torch.where(counted, scale, 0)
     if reduction == "mean":
-        rows = rows / (max(int(counted.sum()), 1) if num_items is None else num_items)
-    weighted = rows * row_loss
+        scale = scale / (max(int(counted.sum()), 1) if num_items is None else num_items)
+    weighted = scale * row_loss
     loss = weighted if reduction == "none" else weighted.sum()
     (e,) = torch.autograd.grad(loss, raw, upstream.double() if upstream is not None else torch.ones_like(loss))
     log_probs = logits.detach().log_softmax(1)
@@ -104,6 +111,8 @@ def reference_exit(
         anchors=choose_rows(*chooser, counted, feedback.num_anchors) if feedback.num_anchors else None,
         uniforms=stratified_uniforms(*chooser, all_rows, feedback.num_draws) if feedback.num_draws else None,
     )
+    if feedback.name == "anchors_shared":
+        case = replace(case, rows=_anchor_rows(feedback, case) if rows is None else rows)
     return Reference(
         loss=loss.detach(),
         row_loss=row_loss.detach(),
@@ -115,6 +124,7 @@ def reference_exit(
         log_prob=torch.where(counted, log_probs.gather(1, gold[:, None])[:, 0], 0),
         entropy=torch.where(counted, -(log_probs.exp() * log_probs).nan_to_num(0).sum(1), 0),
         argmax=torch.where(counted, log_probs.argmax(1), 0),
+        rows=case.rows,
     )
 
 
@@ -203,15 +213,16 @@ def _anchor_rows(rule: Any, case: _Case) -> Tensor:
     gram = h_m @ h_m.T
     ridge = rule.ridge * gram.trace() / len(anchors)
     rows = z_m.T @ torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=torch.float64), h_m)
-    if rule.rank is None:
+    if getattr(rule, "rank", None) is None:
         return rows
     spread = h_m.T @ h_m
     axes = torch.linalg.qr(spread @ torch.linalg.qr(spread @ torch.linalg.qr(spread[:, : rule.rank]).Q).Q).Q
     return rows @ axes @ axes.T
 
 
-def _sampled(rule: Any, case: _Case, rows: Tensor) -> Tensor:
+def _sampled(rule: Any, case: _Case, rows: Tensor | None) -> Tensor:
     assert case.uniforms is not None
+    assert rows is not None
     f = torch.zeros_like(case.h)
     for i, row in enumerate(case.e):
         gold = int(case.target[i])
@@ -236,6 +247,7 @@ _EQUATIONS: dict[str, Callable[[Any, _Case], Tensor]] = {
     "parallel_topmass": _parallel_topmass,
     "anchors": lambda rule, case: case.e @ _anchor_rows(rule, case),
     "anchors_sampled": lambda rule, case: _sampled(rule, case, _anchor_rows(rule, case)),
+    "anchors_shared": lambda rule, case: _sampled(rule, case, case.rows),
     "mirror": lambda rule, case: case.e @ rule.rows.double(),
     "mirror_sampled": lambda rule, case: _sampled(rule, case, rule.rows.double()),
     "transport": lambda rule, case: case.e @ case.weight,

@@ -7,6 +7,7 @@ from localexit.feedback.factorized import Dense, Hybrid, Sketch
 from localexit.feedback.parallel import ExactParallel
 from localexit.feedback.registry import RULES, make_feedback, rule_options
 from localexit.feedback.rows import WeightMirror, WeightTransport
+from localexit.feedback.shared import SharedAnchors
 
 __all__ = [
     "RULES",
@@ -17,6 +18,7 @@ __all__ = [
     "Feedback",
     "Hybrid",
     "LogitAnchors",
+    "SharedAnchors",
     "Sketch",
     "Tokens",
     "WeightMirror",

@@ -15,6 +15,7 @@ from localexit.feedback.base import RULE_CLASSES, Feedback
 from localexit.feedback.factorized import Dense, Hybrid, Sketch
 from localexit.feedback.parallel import ExactParallel
 from localexit.feedback.rows import WeightMirror, WeightTransport
+from localexit.feedback.shared import SharedAnchors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,12 @@ RULES: dict[str, Rule] = {
         fixed={"sampled": True},
         equation="(Σ_kept e_v z_v + (Q/m) Σ_drawn ±z_v)(H_M H_Mᵀ + λI)⁻¹ H_M",
         cost="2N(1+k+m)M + 2NMD + 2MVD",
+        state="none",
+    ),
+    "anchors_shared": Rule(
+        rule=SharedAnchors,
+        equation="Σ_kept e_v b_v + (Q/m) Σ_drawn ±b_v, B = Z_Mᵀ(H_M H_Mᵀ + λI)⁻¹ H_M of a step's first exit",
+        cost="2N(1+k+m)D + 4MVD/L",
         state="none",
     ),
     "mirror": Rule(

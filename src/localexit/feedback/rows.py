@@ -27,7 +27,7 @@ def runs_kernel(rows: Tensor) -> bool:
     return rows.is_cuda and rows.dtype == torch.bfloat16 and HAS_TRITON
 
 
-class _Rows(Sampling):
+class Rows(Sampling):
     """f = e · rows, whole or sampled."""
 
     options: ClassVar = SAMPLING_OPTIONS
@@ -77,7 +77,7 @@ class Pairs:
         return Pairs(hidden=chosen(self.hidden, earlier.hidden), logits=chosen(self.logits, earlier.logits), keys=keys)
 
 
-class WeightMirror(_Rows):
+class WeightMirror(Rows):
     """f = e B with B [V, D] learned from forward pairs (h, z - b) only; eq. (11), sampled: eq. (12).
 
     B starts at zero and is corrected once per optimiser step by `update()`, from tokens that the step's exits
@@ -201,7 +201,7 @@ class WeightMirror(_Rows):
                 rows.copy_(round_stochastically(exact, rows.dtype, generator))
 
 
-class WeightTransport(_Rows):
+class WeightTransport(Rows):
     """The exact baseline f = e W, or its unbiased estimate from sampled rows of W; eq. (3), (12).
 
     The only rule that reads the unembedding on the way back.

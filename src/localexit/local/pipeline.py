@@ -15,11 +15,16 @@ from torch import Tensor, nn
 
 from localexit import _checks
 from localexit.exits.chunked import raw_logits
+from localexit.exits.pairs import measured_rows
 from localexit.feedback.rows import Pairs, WeightMirror
+from localexit.feedback.shared import SharedAnchors
 from localexit.local.batch import num_targets, shifted
 from localexit.local.graph import reached
 from localexit.local.model import LocalModel
 from localexit.local.trees import tensors_requiring_grad
+
+# Of an exit's products, and with them of anchors.
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Pipeline:
@@ -134,6 +139,8 @@ class Pipeline:
         losses = torch.zeros(self.local.num_exits, dtype=torch.float64, device=parts[0][0].device)
         incoming = [self._receive(parts[0][0])]
         self._sending: list[tuple[dist.Work, Tensor]] = []
+        if self.rank > 0:
+            self._share_anchors(parts[0][0].device)
         for number, (ids, labels) in enumerate(parts):
             # Asked for before this one is worked on, so that it can arrive meanwhile.
             if number + 1 < len(parts):
@@ -142,6 +149,8 @@ class Pipeline:
                 first, last, ids, labels, num_items=num_items, hidden=_arrived(incoming.pop(0)), send=self._send
             )
             losses[first : last + 1] += output.exit_losses[first : last + 1]
+            if number == 0 and self.rank == 0:
+                self._share_anchors(ids.device)
         for work, _ in self._sending:
             work.wait()
         return losses
@@ -192,6 +201,35 @@ class Pipeline:
             if own is None:
                 logits = raw_logits(hidden, weight)
                 rule.collect(index, Pairs(hidden=hidden, logits=logits, keys=keys))
+
+    @torch.no_grad()
+    def _share_anchors(self, device: torch.device) -> None:
+        """Let all stages have the rows that the first one's first exit measured; its anchors are sent, not the rows.
+
+        The first stage has them after its first micro-batch, the others need them before theirs.
+        """
+        rule = self.local.feedback
+        if not isinstance(rule, SharedAnchors) or not self.is_shared:
+            return
+        measured, weight = rule.measured, self.local.unembedding.weight
+        about = torch.zeros(2, dtype=torch.int64, device=device)
+        if measured is not None:
+            about[0], about[1] = len(measured.hidden), _DTYPES.index(measured.hidden.dtype)
+        dist.broadcast(about, group=self.group, group_src=0)
+        num, dtype = about.tolist()
+        # Where nothing of the first stage learns, each of the others measures for itself.
+        if not num:
+            return
+        hidden = torch.empty(num, weight.shape[1], dtype=_DTYPES[dtype], device=device)
+        is_counted = torch.empty(num, dtype=torch.bool, device=device)
+        if self.rank == 0:
+            assert measured is not None, "there are as many as that"
+            hidden.copy_(measured.hidden)
+            is_counted.copy_(measured.is_counted)
+        for tensor in (hidden, is_counted):
+            dist.broadcast(tensor, group=self.group, group_src=0)
+        if rule.measured is None:
+            rule.keep(measured_rows(rule, hidden, is_counted, weight.detach()))
 
     def _stage_of(self, exit_index: int) -> int:
         shares = [_share(self.local.num_exits, rank, self.size) for rank in range(self.size)]

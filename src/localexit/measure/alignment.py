@@ -10,16 +10,17 @@ cosine token by token is 0.99 can train badly (see "What to trust" in docs/maths
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from localexit.exits.functional import exit_step
-from localexit.feedback import Feedback, WeightMirror, WeightTransport
+from localexit.feedback import Feedback, SharedAnchors, WeightMirror, WeightTransport
 from localexit.feedback.base import Error, Tokens
 from localexit.local import LocalModel
 from localexit.local.batch import IGNORE_INDEX, num_targets, shifted
@@ -136,7 +137,7 @@ class Diagnostician:
         local = self._local
         target = shifted(input_ids if labels is None else labels)
         step = _DiagnosisStep(
-            settings=local.loss_settings,
+            settings=replace(local.loss_settings, feedback=_of_this_batch(local.feedback)),
             last_exit=local.num_exits - 1,
             target=target,
             exact=self._exact,
@@ -204,6 +205,15 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 def _ratio(a: Tensor, b: Tensor) -> float:
     return float(a / b) if float(b) > 0 else 0.0
+
+
+def _of_this_batch(rule: Feedback) -> Feedback:
+    """The rule as it is in a training step of this batch alone: what its exits share is kept apart from the model's."""
+    if not isinstance(rule, SharedAnchors):
+        return rule
+    own = copy.copy(rule).train()
+    own.discard()
+    return own
 
 
 def _exact_rule(local: LocalModel) -> WeightTransport:

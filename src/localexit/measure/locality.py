@@ -84,8 +84,8 @@ def audit_locality(
 ) -> LocalityAudit:
     """Look for communication between the units of an attached model, at fixed parameters and state.
 
-    Parameters, gradients and options are as before afterwards. Call it between optimiser steps: forward pairs that a
-    mirror has collected and not learned from are replaced.
+    Parameters, gradients and options are as before afterwards. Call it between optimiser steps: what a rule has
+    collected or measured in an unfinished one is forgotten.
 
     Args:
         local: the attached model.
@@ -102,6 +102,7 @@ def audit_locality(
         return _observe(local, seed, input_ids=input_ids, labels=labels, **inputs)
 
     units = range(local.num_exits)
+    local.feedback.discard()
     with _restored(local):
         once, again = observe(), observe()
         heard_parameters = []
@@ -132,8 +133,9 @@ def _observe(local: LocalModel, seed: int, **inputs: Any) -> _Observed:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         output = local(**inputs)
-    # The next observation is of the same tokens of the same step, with the same draws.
+    # The next observation is of the same tokens of the same step, with the same draws, and measures what it needs.
     local.rows_since_update = rows
+    local.feedback.discard()
     if local.backward_mode == "deferred":
         output.loss.backward()
     gradients = tuple(tuple(_copy(p.grad) for p in unit.parameters()) for unit in local.units)

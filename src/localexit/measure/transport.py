@@ -112,9 +112,11 @@ def audit_transport(
     _check_content(weight, target)
     unembedding = weight.detach().double().clone()
     basis = _subspace(hidden.detach().double().reshape(-1, weight.shape[1]))
+    # What a rule keeps of the weight, it shall keep of the audited copy; nothing of an unfinished step.
+    rule = copy.deepcopy(feedback, {id(weight): unembedding}).double().train()
+    rule.discard()
     case = _Case(
-        # What a rule keeps of the weight, it shall keep of the audited copy.
-        rule=copy.deepcopy(feedback, {id(weight): unembedding}).double().train(),
+        rule=rule,
         weight=unembedding,
         hidden=hidden.detach().double().reshape(-1, weight.shape[1]) @ basis.T @ basis,
         target=target.reshape(-1),
@@ -246,7 +248,7 @@ class _Case:
         steps = []
         for _ in range(2):
             # The forward's business: a rule that learns from forward measurements gets them here.
-            exit_step(self.hidden, self.weight, self.target, feedback=rule, need_feedback=False)
+            exit_step(self.hidden, self.weight, self.target, feedback=rule)
             result = run_exit(self._call(rule), stages=replace(stages, feedback=feedback))
             assert result.feedback is not None
             steps.append(result.feedback)
