@@ -113,6 +113,7 @@ FILE_TESTS: dict[str, list[str]] = {
         "tests/inference/test_decoding.py",
     ],
     "local/predict.py": [*_files("local", "inference"), "tests/inference/test_quality.py"],
+    "local/saving.py": ["tests/local/test_vocab_parallel.py::test_what_is_not_understood_is_refused"],
     "local/sharding.py": _files("local", "data_parallel", "vocab_parallel"),
     "local/steps.py": _files("local", "training", "router", "schedule", "inference"),
     "local/trace.py": _files("local", "families"),

@@ -11,18 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import localexit
+from localexit import exits, feedback, local
 
 FILE = Path(__file__).parent / "data" / "signatures.txt"
 
 
 def signatures() -> Iterator[str]:
     """Each public function, constructor and method, without annotations, which a type checker looks after."""
-    for name in localexit.__all__:
-        public = getattr(localexit, name)
-        if not inspect.isclass(public):
+    public_names = {name: room for room in (local, exits, feedback, localexit) for name in room.__all__}
+    for name, room in sorted(public_names.items()):
+        public = getattr(room, name)
+        if inspect.isfunction(public):
             yield f"{name}{_parameters(public)}"
-            continue
-        for method, function in vars(public).items():
+        for method, function in vars(public).items() if inspect.isclass(public) else ():
             if inspect.isfunction(function) and (method == "__init__" or not method.startswith("_")):
                 yield f"{name}.{method}{_parameters(function)}"
 

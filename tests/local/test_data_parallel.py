@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers.ranks import run_ranks
@@ -19,6 +20,7 @@ from local.decoders import VOCAB, WIDTH, build, gradients
 from local.rules import RULES, attached
 from localexit import DataParallel
 from localexit.local import ExitSchedule, LocalModel, attach, compile_units
+from localexit.local.sharding import clip_grad_norm_
 
 ROWS, LENGTH = 8, 7
 EVERY_EXIT = ExitSchedule()
@@ -207,6 +209,42 @@ def test_exits_of_sharded_blocks_that_sit_out(backward: str) -> None:
     options = {"wrapper": "fully_shard", "backward": backward, "num_steps": 6}
     check(2, ("mirror_sampled",), EXACT, schedule=ExitSchedule(exits_per_step=1), **options)
     check(2, ("transport",), EXACT, schedule=ExitSchedule(exits_per_step=2), accumulate=2, **options)
+
+
+def sharded_after_a_look() -> None:
+    """Forwards without a backward: of all exits, and of the first one, which ends after its block."""
+    model = build("plain")
+    wrap_blocks(model, "fully_shard")
+    local = attached(model)
+    ((ids, labels),) = batches(1)
+    for look in (lambda: local.evaluate(ids, labels), lambda: local.exit_logits(0, ids)):
+        look()
+        assert all(isinstance(p, DTensor) for block in local.blocks for p in block.parameters())
+
+
+def test_nothing_stays_whole_after_a_forward_without_a_backward() -> None:
+    run_ranks(sharded_after_a_look, 1)
+
+
+def clipped_as_torch_does(max_norm: float) -> None:
+    """Gradients so short that the summand in the denominator shows."""
+    mesh = init_device_mesh("cpu", (1,))
+    grads = [1e-6 * torch.linspace(-1, 1, 8, dtype=torch.float64), torch.full((3,), 1e-6, dtype=torch.float64)]
+    plain, mixed = ([nn.Parameter(torch.zeros_like(grad)) for grad in grads] for _ in range(2))
+    mixed[0] = nn.Parameter(distribute_tensor(mixed[0].detach(), mesh, [Shard(0)]))
+    for parameters in (plain, mixed):
+        for parameter, grad in zip(parameters, grads, strict=True):
+            is_spread = isinstance(parameter, DTensor)
+            parameter.grad = distribute_tensor(grad.clone(), mesh, [Shard(0)]) if is_spread else grad.clone()
+    expected, norm = nn.utils.clip_grad_norm_(plain, max_norm), clip_grad_norm_(mixed, max_norm)
+    torch.testing.assert_close(norm, expected)
+    for parameter, ours in zip(plain, mixed, strict=True):
+        torch.testing.assert_close(whole(ours.grad), parameter.grad, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("max_norm", [1e-6, 1.0])
+def test_sharded_gradients_are_clipped_as_torch_clips_others(max_norm: float) -> None:
+    run_ranks(clipped_as_torch_does, 1, max_norm)
 
 
 def losses_by_draw(num_draws: int) -> Tensor:

@@ -198,6 +198,49 @@ def test_other_layouts(make: object, name: str, num_blocks: int, num_tail: int) 
     assert (anatomy.blocks_name, len(anatomy.blocks), len(anatomy.tail)) == (name, num_blocks, num_tail)
 
 
+class TwoLists(nn.Module):
+    """Two lists of modules behind each other: what follows the shorter one could pass for a long tail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.early = nn.ModuleList([nn.Linear(WIDTH, WIDTH)])
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        for module in (*self.early, *self.blocks):
+            hidden = module(hidden)
+        return self.head(hidden)
+
+
+def test_the_longer_of_two_lists_is_that_of_the_blocks() -> None:
+    assert discover(TwoLists()).blocks_name == "blocks"
+
+
+class Off(PlainDecoder):
+    """All its logits are off by a share of themselves."""
+
+    share = 0.0
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return (1 + self.share) * super().forward(tokens)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "share"),
+    [(torch.float64, 1e-11), (torch.float32, 2e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)],
+)
+def test_rounding_is_forgiven_and_no_more(dtype: torch.dtype, share: float) -> None:
+    model = Off().to(dtype)
+    model.share = 0.6 * share
+    assert len(discover(model).blocks) == 3
+    model.share = 1.6 * share
+    with pytest.raises(ValueError, match="logits differ"):
+        discover(model)
+
+
 def test_a_given_example_is_used() -> None:
     model = DictLayout()
     model.body["embed"].forward = lambda tokens: torch.zeros(*tokens.shape, WIDTH) / (tokens == 7).all()

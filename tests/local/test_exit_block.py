@@ -35,6 +35,10 @@ def with_blocks(name: str = "llama", **options: object) -> LocalModel:
     return local
 
 
+def test_exits_count_the_blocks_that_are_run_for_them_alone() -> None:
+    assert [exit_.num_own_blocks for exit_ in with_blocks().exits] == [1, 1, 0]
+
+
 @torch.no_grad()
 def explicit_logits(name: str, local: LocalModel, ids: Tensor) -> list[Tensor]:
     """Logits at every exit of a decoder with an exit on every block, the copies run by hand."""

@@ -7,10 +7,17 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from helpers.largest import Largest
 from local.decoders import DECODERS, batch, build
 from local.explicit import parts_of
 from local.rules import attached
+from localexit import make_feedback
+from localexit.local.bodies import BlockCall
+from localexit.local.exits import Exit, Readout
+from localexit.local.predict import PredictionStep
+from localexit.local.steps import LossSettings
 from localexit.local.trace import cache_argument
 
 
@@ -135,6 +142,22 @@ def test_evaluation_switches_dropout_off_and_training_back_on() -> None:
     assert model.training
     assert model.transformer.drop.training
     assert not model.transformer.h[1].training
+
+
+@pytest.mark.parametrize(("vocab_size", "num_tokens"), [(2**16, 1024), (2**24, 4)])
+def test_predictions_take_logits_of_64_mebibytes_at_a_time(vocab_size: int, num_tokens: int) -> None:
+    """All at once they would be 256 MiB. Of the larger vocabulary that is one token at a time."""
+    with FakeTensorMode(), Largest() as made:
+        readout = Readout(unembedding=nn.Linear(8, vocab_size, bias=False), scale=1.0, softcap=None)
+        settings = LossSettings(
+            readout=readout, feedback=make_feedback("parallel", 8, vocab_size), label_smoothing=0.0, z_loss=0.0
+        )
+        step = PredictionStep(settings=settings, last_exit=0, target=torch.zeros(2, num_tokens // 2, dtype=torch.int64))
+        call = BlockCall(block=nn.Identity(), args=(), kwargs={}, hidden=torch.empty(2, num_tokens // 2, 8))
+        made.num_bytes = 0
+        step.at_exit(Exit(index=0, block_index=0, norm=()), call)
+        assert step.output().token.shape == (1, 2, num_tokens // 2)
+    assert made.num_bytes == 64 * 2**20
 
 
 def test_evaluation_teaches_a_mirror_nothing() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from local.decoders import DECODERS, batch, build
 from local.rules import attached
@@ -104,3 +107,32 @@ def test_no_block_output_outlives_the_next_unit(name: str) -> None:
     local(*batch())
     per_block = len(outputs) // 6
     assert most_alive <= per_block
+
+
+class Casts(TorchDispatchMode):
+    """The memory behind every copy in bf16 that is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # Not the gradients, which go back to fp32.
+        if func is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16:
+            self.made.append(StorageWeakRef(result.untyped_storage()))
+        return result
+
+    @property
+    def num_alive(self) -> int:
+        return sum(not storage.expired() for storage in self.made)
+
+
+def test_what_autocast_has_cast_for_a_unit_is_freed_with_it() -> None:
+    """Not only where the region ends: until then the copies of all units' weights would add up."""
+    local = attached(build("plain").float(), backward="stream")
+    ids, labels = batch()
+    with torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+        local(ids, labels)
+        assert len(casts.made) > 3 * len(local.blocks)
+        assert casts.num_alive == 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,6 +18,7 @@ from local.decoders import VOCAB, WIDTH, batch, build, count_hooks, gradients
 from local.rules import RULES, attached, rule
 from localexit import LocalModel, attach, load_exits, save_exits
 from localexit.feedback import Feedback, LogitAnchors, make_feedback, rule_options
+from localexit.local.saving import EXITS_FILE, restore_exits
 from localexit.local.schedule import ExitSchedule
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -120,10 +122,19 @@ def test_exits_of_another_model_are_refused(tmp_path: Path) -> None:
         load_exits(build("plain", 2), tmp_path)
 
 
+def test_tensors_of_another_shape_are_named(tmp_path: Path) -> None:
+    save_exits(attached(build("plain"), "mirror", exit_norm="copy"), tmp_path)
+    other = attach(build("plain"), feedback=make_feedback("mirror", WIDTH, VOCAB, storage="bf16"), exit_norm="copy")
+    tensors = load_file(tmp_path / EXITS_FILE)
+    with safe_open(tmp_path / EXITS_FILE, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors | {"feedback.rows": torch.zeros(3, 2)}, tmp_path / EXITS_FILE, metadata=metadata)
+    with pytest.raises(ValueError, match=r"does not fit the exits of this model \(feedback.rows\); one of them"):
+        restore_exits(other, tmp_path)
+
+
 def change(path: Path, settings: Callable[[dict[str, Any]], Any]) -> None:
     """Rewrite the settings in the file's metadata."""
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     metadata["attach"] = json.dumps(settings(json.loads(metadata["attach"])))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from local.decoders import batch, build, count_hooks, gradients
 from local.explicit import parts_of
 from local.rules import attached
+from localexit import exit_cross_entropy
 from localexit.feedback.draws import SEEN_STREAM, choose_exits, choose_rows
 from localexit.local import ExitSchedule, LocalModel, attach
 
@@ -226,6 +227,31 @@ def test_schedules_that_do_not_fit_the_model(schedule: ExitSchedule, options: di
     with pytest.raises(ValueError, match=message):
         attach(model, feedback="dense", schedule=schedule, **options)
     assert count_hooks(model) == 0
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 1e-9])
+def test_a_single_label_is_seen_and_counts_as_one(share: float) -> None:
+    """Whatever the share, each exit sees a token at least, and one that counts where there is one."""
+    model = build("plain")
+    ids, _ = batch()
+    labels = torch.full_like(ids, -100)
+    labels[1, 4] = 9
+    expected = nn.functional.cross_entropy(model(ids)[1, 3], torch.tensor(9)).detach()
+    losses = train(attached(model, schedule=ExitSchedule(token_share=share)), ids, labels)
+    torch.testing.assert_close(losses[-1], expected)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1e-9, 1), (0.1, 1), (0.25, 4), (0.99, 14)])
+def test_how_many_of_14_tokens_are_seen(share: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(hidden: Tensor, *arguments: object, **options: object) -> Tensor:
+        seen.append(hidden.shape[:-1].numel())
+        return exit_cross_entropy(hidden, *arguments, **options)
+
+    monkeypatch.setattr("localexit.local.steps.exit_cross_entropy", watched)
+    train(attached(build("plain"), schedule=ExitSchedule(token_share=share)), *batch())
+    assert seen == [expected] * 3
 
 
 def test_all_exits_may_take_part_in_every_step() -> None:
