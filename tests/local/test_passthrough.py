@@ -38,6 +38,20 @@ def test_without_labels_or_gradients_or_training_the_model_is_the_same(name: str
             assert torch.equal(model.train()(ids, labels=labels).loss, untouched.train()(ids, labels=labels).loss)
 
 
+def test_a_backward_in_eval_mode_warns_that_it_is_end_to_end() -> None:
+    """`from_pretrained` leaves a model in eval mode, and a loop would train by backprop without a word."""
+    model, untouched = build("llama").eval(), build("llama").eval()
+    ids, labels = batch()
+    local = attached(model)
+    loss = local(ids, labels).loss
+    with pytest.warns(UserWarning, match=r"end-to-end backprop, and no exit learns.*call train\(\)"):
+        loss.backward()
+    untouched(ids, labels=labels).loss.backward()
+    assert all(torch.equal(grad, gradients(untouched)[key]) for key, grad in gradients(model).items())
+    local.remove()
+    model(ids, labels=labels).loss.backward()
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("training", [False, True])
 def test_generate_is_unchanged(name: str, training: bool) -> None:

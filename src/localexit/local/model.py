@@ -98,7 +98,8 @@ class LocalModel(nn.Module):
 
     In training mode with gradients enabled and `labels` given, a forward computes the exits' losses instead of the
     model's own logits and loss: through this object, and through the model itself alike. In every other case (eval,
-    no_grad, inference_mode, generate(), no labels) the model computes what it always did, bitwise.
+    no_grad, inference_mode, generate(), no labels) the model computes what it always did, bitwise; a backward from its
+    own loss in eval mode, which is end-to-end backprop, warns.
 
     `parameters()` and `state_dict()` hold everything: the model, exit norms of their own, the feedback's state.
 
@@ -555,8 +556,10 @@ class LocalModel(nn.Module):
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's forward is while this object is attached."""
-        if self._hooks is None or not (self.model.training and torch.is_grad_enabled()):
+        if self._hooks is None or not torch.is_grad_enabled():
             return self._original_forward(*args, **kwargs)
+        if not self.model.training:
+            return _watched(self._original_forward(*args, **kwargs))
         inputs = TrainingInputs.take(self._original_forward, args, kwargs)
         if inputs is None:
             return self._original_forward(*args, **kwargs)
@@ -656,6 +659,22 @@ class LocalModel(nn.Module):
         if self._hooks is None:
             raise RuntimeError("this LocalModel was removed from its model; attach again")
         return self._hooks
+
+
+def _watched(output: Any) -> Any:
+    """A model's output in eval mode; a backward from its loss is not what somebody meant who attached exits."""
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, Tensor) and loss.requires_grad and not torch.compiler.is_compiling():
+        loss.register_hook(_warn_of_backprop)
+    return output
+
+
+def _warn_of_backprop(_grad: Tensor) -> None:
+    warnings.warn(
+        "a backward from the model's own loss, computed in eval mode: that is end-to-end backprop, and no exit learns "
+        "from it; call train() before the forward (from_pretrained leaves a model in eval mode)",
+        stacklevel=2,
+    )
 
 
 def _refuse_compilation(backward_mode: str, is_compiled: bool) -> None:
