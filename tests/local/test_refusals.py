@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -197,3 +199,59 @@ def test_hooks_of_others_on_the_tail_do_not_see_a_training_step_that_ended() -> 
 def test_a_long_list_of_names_is_shortened() -> None:
     assert _shortened(["a", "b", "c"]) == "a, b, c"
     assert _shortened(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+
+
+def _replace_unembedding(model: nn.Module) -> None:
+    model.resize_token_embeddings(VOCAB + 3)
+
+
+def _replace_block(model: nn.Module) -> None:
+    model.model.layers[1] = build("llama").model.layers[1]
+
+
+def _replace_holder(model: nn.Module) -> None:
+    model.model = build("llama").model
+
+
+def _remove_norm(model: nn.Module) -> None:
+    model.model.norm = nn.Identity()
+
+
+def _replace_weight(model: nn.Module) -> None:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+@pytest.mark.parametrize("backward", MODES)
+@pytest.mark.parametrize(
+    ("replace", "what"),
+    [
+        (_replace_unembedding, "lm_head is another module"),
+        (_replace_block, r"model\.layers\.1 is another module"),
+        (_replace_holder, "model is another module"),
+        (_remove_norm, r"model\.norm is another module"),
+        (_replace_weight, "the unembedding's weight is another parameter"),
+    ],
+)
+def test_parts_that_were_replaced_after_attach_are_refused(
+    replace: Callable[[nn.Module], None], what: str, backward: str
+) -> None:
+    """Else what the model does not use any more would be trained."""
+    model = build("llama")
+    local = attached(model, backward=backward)
+    local(*batch())
+    replace(model)
+    for use in (lambda: local(*batch()), lambda: local.evaluate(*batch()), lambda: local.exit_logits(0, batch()[0])):
+        with pytest.raises(ValueError, match=rf"{what} than at attach\(\).*attach again"):
+            use()
+    local.remove()
+    attach(model)(*batch())
+
+
+def test_parts_may_be_wrapped_after_attach() -> None:
+    """By somebody's profiler, for one: the block runs as before, inside."""
+    model = build("llama")
+    expected = attached(build("llama"))(*batch()).exit_losses
+    local = attached(model)
+    model.model.norm = nn.Sequential(model.model.norm)
+    for _ in range(2):
+        assert torch.equal(local(*batch()).exit_losses, expected)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from localexit.local.bodies import BlockCall
 from localexit.local.exits import Exit
 from localexit.local.graph import UnitGraph, origin
+from localexit.local.parts import Parts
 from localexit.local.router import RouterPlace
 from localexit.local.sharding import reshard, sharded_modules
 from localexit.local.steps import Step, StreamStep, TrainingStep
@@ -37,6 +38,7 @@ class BlockHooks:
         after_blocks: the module that runs next after the last block.
         units: the units, in order.
         exits: the exits, one per unit.
+        parts: what must still be in the model when a step runs.
         router_places: where the logits of the blocks' routers are.
     """
 
@@ -47,12 +49,14 @@ class BlockHooks:
         after_blocks: nn.Module,
         units: Sequence[Unit],
         exits: Sequence[Exit],
+        parts: Parts,
         router_places: Sequence[RouterPlace],
     ) -> None:
         names = {id(module): name for name, module in model.named_modules()}
         self._blocks = [(names[id(block)], block) for block in blocks]
         self._units = [unit for unit in units for _ in unit.block_indices]
         self._exits = tuple(exits)
+        self._parts = parts
         self._sharded = sharded_modules(model)
         self._graphs = unit_graphs(model, blocks, units)
         self._step: Step | None = None
@@ -87,9 +91,11 @@ class BlockHooks:
 
         Raises:
             RuntimeError: another step is running, or the forward inside did not come to the last exit.
+            ValueError: a part of the model was replaced.
         """
         if self._step is not None:
             raise RuntimeError("this model is in the middle of a forward; run one step after the other")
+        self._parts.check()
         self._step, self._is_done = step, False
         try:
             yield

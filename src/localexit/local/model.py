@@ -21,6 +21,7 @@ from localexit.local.controls import DirectStep, JointStep
 from localexit.local.discover import Anatomy
 from localexit.local.exits import Exit
 from localexit.local.hooks import BlockHooks
+from localexit.local.parts import Parts
 from localexit.local.predict import ExitPredictions, HiddenStep, PredictionStep, UnitStates
 from localexit.local.schedule import ExitSchedule
 from localexit.local.sharding import clip_grad_norm_, sharded_modules
@@ -161,6 +162,7 @@ class LocalModel(nn.Module):
             after_blocks,
             units,
             exits,
+            Parts(model, (*anatomy.blocks, *anatomy.tail, anatomy.unembedding), anatomy.unembedding),
             () if anatomy.routers is None else anatomy.routers.places,
         )
         self._replaced_forward = model.__dict__.get("forward")
