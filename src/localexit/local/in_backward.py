@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from localexit import _values
+from localexit import _checks
 from localexit.local.model import LocalModel
 from localexit.local.sharding import clip_grad_norm_
 
@@ -51,7 +51,7 @@ class StepInBackward:
             )
         _check_has_all(optimizer, local)
         self.optimizer = optimizer
-        self.max_norm = float("inf") if max_norm is None else _values.positive("max_norm", max_norm, or_infinite=True)
+        self.max_norm = float("inf") if max_norm is None else _checks.positive("max_norm", max_norm, or_infinite=True)
         self._local = local
         self._shared = local.shared_parameters()
         self._norms: dict[int, Tensor] = {}

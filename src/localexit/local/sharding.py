@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localexit import _values
+from localexit import _checks
 
 
 def is_sharded(value: object) -> bool:
@@ -72,7 +72,7 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
     Raises:
         ValueError: `max_norm` is not positive; torch's own would turn the gradients round. Infinity does not clip.
     """
-    _values.positive("max_norm", max_norm, or_infinite=True)
+    _checks.positive("max_norm", max_norm, or_infinite=True)
     with_grad = [p for p in parameters if p.grad is not None]
     sharded: list[Any] = [p.grad for p in with_grad if is_sharded(p.grad)]
     if not sharded:
