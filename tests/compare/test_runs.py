@@ -76,6 +76,17 @@ def test_products_are_counted(base: TrainConfig) -> None:
     assert products == {"transport": pytest.approx(3), "parallel": pytest.approx(2)}
 
 
+def test_products_that_exits_share_are_shared_out(base: TrainConfig) -> None:
+    """2·V·D for each of logits and dW, and for M anchors their logits and rows once a step."""
+    alone, all_exits = (run_cell(job(base, f"anchors_shared:num_anchors=8@exits_per_step={count}")) for count in (1, 2))
+    num_tokens, products = base.batch_size * base.context, 2 * 2 * 64 * 320
+    shared = (alone.exit_flops_per_token - products) * num_tokens
+    assert all_exits.exit_flops_per_token == pytest.approx(products + shared / 2 / num_tokens)
+    # The anchors' system of M×M comes on top.
+    assert 2 * 2 * 8 * 64 * 320 < shared < 1.1 * 2 * 2 * 8 * 64 * 320
+    assert alone.feedback_bytes == 8
+
+
 def test_products_in_kernels_are_added_to_those_counted(base: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a kernel makes the logits: the counter sees two of an exit's three products, at both exits."""
     plain = run_cell(job(base, "transport"))

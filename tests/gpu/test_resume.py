@@ -24,7 +24,9 @@ torch.use_deterministic_algorithms(True)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("rule", ["mirror", "mirror_sampled", "anchors", "dense", "hybrid", "transport"])
+@pytest.mark.parametrize(
+    "rule", ["mirror", "mirror_sampled", "anchors", "anchors_shared", "dense", "hybrid", "transport"]
+)
 def test_two_processes_do_what_one_does(tmp_path: Path, rule: str, precision: str) -> None:
     text, cache = write_corpus(tmp_path / "text"), tmp_path / "cache"
     options: dict[str, Any] = {"steps": 40, "eval_every": 10, "checkpoint_every": 20, "sample_tokens": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from local.decoders import WIDTH, batch, build
 from local.explicit import parts_of
 from local.rules import attached
-from localexit.feedback import Dense, Feedback, Sketch, WeightMirror, feedback_names, make_feedback
+from localexit.feedback import Dense, Feedback, SharedAnchors, Sketch, WeightMirror, feedback_names, make_feedback
+from localexit.feedback.shared import MeasuredRows
 from localexit.local import LocalModel
 from localexit.measure import Diagnostician, diagnose
 from localexit.measure.alignment import _Sums, block_parameters, stand_in
@@ -155,6 +157,27 @@ def test_batches_draw_anew() -> None:
     assert result.exits[-1].batch_gradient_cosine != pytest.approx(once.exits[-1].batch_gradient_cosine, abs=1e-9)
 
 
+def test_shared_anchors_are_those_of_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured once a batch, by its first exit, apart from what a training step under way has measured."""
+    (ids, labels), local = batch(), attached(build("plain"), "anchors_shared")
+    local(ids, labels)
+    kept, measured = local.feedback.measured, []
+    solved = SharedAnchors.solved
+
+    def counted(self: SharedAnchors, hidden: Tensor, *arguments: Any, **options: Any) -> MeasuredRows:
+        measured.append(hidden)
+        return solved(self, hidden, *arguments, **options)
+
+    monkeypatch.setattr(SharedAnchors, "solved", counted)
+    diagnostician = Diagnostician(local.eval())
+    for _ in range(2):
+        diagnostician.add(ids, labels)
+    assert len(measured) == 2
+    assert not torch.equal(*measured)
+    assert local.feedback.measured is kept
+    assert not local.feedback.training
+
+
 def test_what_stands_in_for_w() -> None:
     dense = Dense(WIDTH, 37, rank=5, gain=0.5)
     torch.testing.assert_close(stand_in(dense), 0.5 * dense.codebook @ dense.expander.T)
@@ -164,7 +187,7 @@ def test_what_stands_in_for_w() -> None:
     mirror = WeightMirror(WIDTH, 37, sampled=True)
     mirror.rows.normal_()
     assert torch.equal(stand_in(mirror), mirror.rows)
-    for name in ("transport", "transport_sampled", "anchors", "hybrid", "parallel", "parallel_gold"):
+    for name in ("transport", "transport_sampled", "anchors", "anchors_shared", "hybrid", "parallel", "parallel_gold"):
         assert stand_in(make_feedback(name, WIDTH, 37)) is None
 
 

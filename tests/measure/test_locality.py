@@ -29,9 +29,18 @@ def test_attached_models_are_local(name: str, mode: str) -> None:
     assert result.passed
 
 
-@pytest.mark.parametrize("rule", ["mirror_sampled", "anchors", "parallel_gold", "transport"])
+@pytest.mark.parametrize("rule", ["mirror_sampled", "anchors", "anchors_shared", "parallel_gold", "transport"])
 def test_with_other_rules(rule: str) -> None:
     assert audit(build("plain"), rule).passed
+
+
+def test_an_audit_forgets_what_was_measured_before_and_leaves_nothing_measured() -> None:
+    """Rows from before are not of the audited tokens, and those of the audit are nothing to train with."""
+    local = attached(build("plain"), "anchors_shared", backward="stream")
+    ids, labels = batch()
+    local(ids.flip(0), labels.flip(0))
+    assert audit_locality(local, ids, labels) == audit(build("plain"), "anchors_shared", backward="stream")
+    assert local.feedback.measured is None
 
 
 def test_units_of_several_blocks_and_tied_embeddings() -> None:

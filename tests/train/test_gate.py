@@ -90,7 +90,9 @@ def exact(text: Path, cache_dir: Path) -> dict[int, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("rule", ["mirror", "mirror_sampled", "anchors", "anchors_sampled", "transport_sampled"])
+@pytest.mark.parametrize(
+    "rule", ["mirror", "mirror_sampled", "anchors", "anchors_sampled", "anchors_shared", "transport_sampled"]
+)
 def test_rules_that_follow_the_weights_end_close_to_exact(
     text: Path, cache_dir: Path, exact: dict[int, float], rule: str, seed: int
 ) -> None:

@@ -29,6 +29,7 @@ _NOTES = {
     "hybrid": "top-k of V per token",
     "parallel_topmass": "top-256 of V per token",
     "anchors_sampled": "top-k and draws of V per token, logits of 2D anchors",
+    "anchors_shared": "top-k and draws of V per token, rows of W from 1.5D anchors, which a step has once",
     "mirror": "third product",
     "mirror_sampled": "top-k and draws of V per token",
     "transport": "third product",
@@ -113,7 +114,8 @@ def _step(rule: Feedback, backend: Backend, inputs: Inputs, weight_grad: WeightG
         backend=backend,
         weight_grad=weight_grad,
     )
-    # What a mirror collects it learns from once a training step; here it would be merged from call to call.
+    # What a mirror collects it learns from once a training step; here it would be merged from call to call. And anchors
+    # that exits share are measured by an exit that is alone.
     rule.discard()
     inputs.hidden.grad = step.feedback
     return step.loss

@@ -43,6 +43,8 @@ def one_step(rule: Feedback, backend: Backend, exits: Sequence[Inputs]) -> Tenso
             exit_index=index,
             backend=backend,
         )
+    # What they collect or share is of one step.
+    rule.discard()
     return total.to(weight.dtype)
 
 
