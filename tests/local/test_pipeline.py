@@ -18,8 +18,14 @@ from localexit import LocalModel, Pipeline
 NUM_BLOCKS = 5
 
 
-def made(name: str, *, decoder: str = "plain", **options: Any) -> Any:
-    return attached(build(decoder, NUM_BLOCKS), name, dtype=torch.float64, backward="stream", **options)
+def made(name: str, *, decoder: str = "plain", num_frozen: int = 0, **options: Any) -> Any:
+    """`num_frozen` units, from the first on, have nothing to learn; with any, the exits' norms have neither."""
+    model = build(decoder, NUM_BLOCKS)
+    if num_frozen:
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+        model.blocks[num_frozen:].requires_grad_(True)
+    return attached(model, name, dtype=torch.float64, backward="stream", **options)
 
 
 def optimizer_of(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -73,6 +79,31 @@ def check(name: str, num_ranks: int, *, num_microbatches: int = 4, num_steps: in
 
 def test_two_stages_train_like_one_process() -> None:
     check("mirror_sampled", 2)
+
+
+@pytest.mark.parametrize(("num_ranks", "num_frozen"), [(2, 0), (3, 1), (3, 3)])
+def test_all_stages_share_what_the_first_that_learns_has_measured(num_ranks: int, num_frozen: int) -> None:
+    """Of five units three stages have two, two and one: the first has nothing to learn, or none of the first three."""
+    check("anchors_shared", num_ranks, num_frozen=num_frozen)
+
+
+def measurements(is_shared: bool) -> list[Any]:
+    """In a step of two batches: whether the second uses the first one's rows, an update drops them; their norm."""
+    stage = Pipeline(made("anchors_shared"), is_shared=is_shared)
+    rule, found = stage.local.feedback, []
+    for ids, labels in batches(2):
+        stage.step_gradients(ids, labels, num_microbatches=2)
+        found.append(rule.measured.rows)
+    is_kept = found[0] is found[1]
+    stage.update()
+    return [is_kept, rule.measured is None, float(found[0].norm())]
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_anchors_are_shared_once_a_step_where_the_unembedding_is(is_shared: bool) -> None:
+    first, second = run_ranks(measurements, 2, is_shared)
+    assert first[:2] == second[:2] == [True, True]
+    assert (first[2] == pytest.approx(second[2], rel=1e-12)) == is_shared
 
 
 def on_the_last_two_ranks() -> dict[str, Tensor]:

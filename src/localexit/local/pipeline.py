@@ -139,8 +139,8 @@ class Pipeline:
         losses = torch.zeros(self.local.num_exits, dtype=torch.float64, device=parts[0][0].device)
         incoming = [self._receive(parts[0][0])]
         self._sending: list[tuple[dist.Work, Tensor]] = []
-        if self.rank > 0:
-            self._share_anchors(parts[0][0].device)
+        # Before anything else is asked for: the stages before have their anchors after their first micro-batch.
+        is_measured = any(self._anchors_of(stage) for stage in range(self.rank))
         for number, (ids, labels) in enumerate(parts):
             # Asked for before this one is worked on, so that it can arrive meanwhile.
             if number + 1 < len(parts):
@@ -149,8 +149,11 @@ class Pipeline:
                 first, last, ids, labels, num_items=num_items, hidden=_arrived(incoming.pop(0)), send=self._send
             )
             losses[first : last + 1] += output.exit_losses[first : last + 1]
-            if number == 0 and self.rank == 0:
-                self._share_anchors(ids.device)
+            if number == 0 and not is_measured:
+                is_measured = self._anchors_of(self.rank)
+        if not is_measured:
+            # Nothing of this stage or of those before has learned: a later one measures.
+            any(self._anchors_of(stage) for stage in range(self.rank + 1, self.size))
         for work, _ in self._sending:
             work.wait()
         return losses
@@ -203,33 +206,33 @@ class Pipeline:
                 rule.collect(index, Pairs(hidden=hidden, logits=logits, keys=keys))
 
     @torch.no_grad()
-    def _share_anchors(self, device: torch.device) -> None:
-        """Let all stages have the rows that the first one's first exit measured; its anchors are sent, not the rows.
+    def _anchors_of(self, stage: int) -> bool:
+        """Let all stages have the rows that an exit of `stage` measured, if one did: its anchors are sent.
 
-        The first stage has them after its first micro-batch, the others need them before theirs.
+        Returns:
+            Whether nothing more is to be shared.
         """
-        rule = self.local.feedback
+        rule, weight = self.local.feedback, self.local.unembedding.weight
         if not isinstance(rule, SharedAnchors) or not self.is_shared:
-            return
-        measured, weight = rule.measured, self.local.unembedding.weight
-        about = torch.zeros(2, dtype=torch.int64, device=device)
+            return True
+        measured = rule.measured
+        about = torch.zeros(2, dtype=torch.int64, device=weight.device)
         if measured is not None:
             about[0], about[1] = len(measured.hidden), _DTYPES.index(measured.hidden.dtype)
-        dist.broadcast(about, group=self.group, group_src=0)
+        dist.broadcast(about, group=self.group, group_src=stage)
         num, dtype = about.tolist()
-        # Where nothing of the first stage learns, each of the others measures for itself.
         if not num:
-            return
-        hidden = torch.empty(num, weight.shape[1], dtype=_DTYPES[dtype], device=device)
-        is_counted = torch.empty(num, dtype=torch.bool, device=device)
-        if self.rank == 0:
-            assert measured is not None, "there are as many as that"
+            return False
+        hidden = torch.empty(num, weight.shape[1], dtype=_DTYPES[dtype], device=weight.device)
+        is_counted = torch.empty(num, dtype=torch.bool, device=weight.device)
+        if measured is not None and self.rank == stage:
             hidden.copy_(measured.hidden)
             is_counted.copy_(measured.is_counted)
         for tensor in (hidden, is_counted):
-            dist.broadcast(tensor, group=self.group, group_src=0)
-        if rule.measured is None:
+            dist.broadcast(tensor, group=self.group, group_src=stage)
+        if measured is None:
             rule.keep(measured_rows(rule, hidden, is_counted, weight.detach()))
+        return True
 
     def _stage_of(self, exit_index: int) -> int:
         shares = [_share(self.local.num_exits, rank, self.size) for rank in range(self.size)]
