@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import localexit
 from helpers.commands import environment, refused
 from localexit import LocalModel, cli
 from localexit.feedback import feedback_names
@@ -167,7 +169,59 @@ def test_an_exit_that_is_not_there_is_refused(trained: Path, capsys: pytest.Capt
 
 
 def test_nothing_is_written_before_an_exit_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(["generate", str(trained), "--prompt", "x", "--exit", "-3"], capsys)
+    assert cli.run(["generate", str(trained), "--prompt", "x", "--exit", "-3"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "localexit: exit must be in -2..1, got -3\n"
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"localexit {localexit.__version__}\n"
+
+
+def test_a_warning_is_one_line_without_the_place_in_our_sources(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert cli.run(["audit", str(trained), "--feedback", "parallel"]) == 0
+    printed = capsys.readouterr().err
+    assert printed.startswith("localexit: warning: feedback 'parallel' works along the normed hidden")
+    assert printed.count("\n") == 1
+    assert warnings.showwarning is before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried …"),
+        MemoryError(),
+    ],
+)
+def test_no_memory_left_is_one_line(
+    error: Exception, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli.Report, "execute", fail)
+    assert cli.run(["report", str(trained)]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("localexit: not enough memory (")
+    assert "smaller batches" in line
+    assert line.count("\n") == 1
+
+
+def test_an_evaluation_that_cannot_be_written_is_refused_before_it_is_made(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("localexit.train.eval.evaluate_run", lambda *_, **__: pytest.fail("it was made"))
+    assert "expected a file, got the folder" in refused(["eval", str(trained), "--output", str(trained)], capsys)
+    below = str(trained / "config.json" / "eval.json")
+    assert "no folder that can be written to" in refused(["eval", str(trained), "--output", below], capsys)
 
 
 def test_where_something_was_refused_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:

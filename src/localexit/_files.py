@@ -56,6 +56,22 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
+def check_output(name: str, path: Path) -> None:
+    """Refuse the path of a file that cannot be written, before there is anything to lose; its folders need not exist.
+
+    Raises:
+        ValueError: it is a folder, lies below a file, or where nobody may write.
+    """
+    if path.is_dir():
+        raise ValueError(f"{name}: expected a file, got the folder {str(path)!r}; name a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(
+            f"{name}: expected a file that can be written, got {str(path)!r}, but {str(folder)!r} is no folder that "
+            f"can be written to; name another"
+        )
+
+
 def check_model_files(folder: Path) -> None:
     """Refuse a folder of a model whose configuration or vocabulary is no file, or larger than any that is known.
 

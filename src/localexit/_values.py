@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+LARGEST_THREADS = 1024
+
 
 def missing_package(name: str | None) -> str:
     """What to do about a package that is not installed; the library alone needs none but torch, numpy, safetensors."""
@@ -25,6 +27,13 @@ def count(name: str, value: Any, *, minimum: int) -> int:
         raise TypeError(f"{name} must be an integer of at least {minimum}, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def threads(value: Any) -> int:
+    """Threads of a CPU; torch crashes where the system has no room for as many as it is told to start."""
+    if count("threads", value, minimum=1) > LARGEST_THREADS:
+        raise ValueError(f"threads must be at most {LARGEST_THREADS}, got {value}")
     return int(value)
 
 

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from localexit import _values
+from localexit import __version__, _values
+from localexit._files import check_output
 from localexit._rules import feedback_names
 from localexit._text import visible
 from localexit.bench import BenchConfig
@@ -95,11 +97,11 @@ class Generate:
         prompt: text to continue; an empty one starts a new text.
         exit: which exit, from 0; negative ones count from the last; "confidence" takes for each token the first exit
             that is sure. Blocks after the exit are not run.
-        threshold: with confidence, the probability of its most likely token at which an exit is sure.
+        threshold: with confidence, the probability of its most likely token at which an exit is sure; 0.9 by default.
         sure_exits: with confidence, the exits that are asked; all by default.
         draft_exit: draft with this exit and verify with the last: the last exit's text, in fewer of its forwards. Needs
             temperature 0.
-        draft_tokens: most tokens to draft at a time.
+        draft_tokens: with a draft exit, most tokens to draft at a time; 4 by default.
         max_new_tokens: most tokens to add.
         temperature: what logits are divided by; 0 takes the most likely token.
         top_k: choose among the k most likely tokens; 0 among all.
@@ -110,10 +112,10 @@ class Generate:
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     prompt: str
     exit: int | Literal["confidence"] = -1
-    threshold: float = 0.9
+    threshold: float | None = None
     sure_exits: tuple[int, ...] | None = None
     draft_exit: int | None = None
-    draft_tokens: int = 4
+    draft_tokens: int | None = None
     max_new_tokens: int = 200
     temperature: float = 0.8
     top_k: int = 50
@@ -139,17 +141,19 @@ class Generate:
 
         local, tokenizer = load_run(self.run, device=resolve_device(self.device))
         written_by: Counter[int] = Counter()
-        # A terminal obeys control characters; a file may have them as they are.
-        shown = visible if sys.stdout.isatty() else str
-        sys.stdout.write(shown(self.prompt))
-        for piece in generate(
+        # Refuses what does not go with the model, before anything is written.
+        pieces = generate(
             local,
             tokenizer,
             self.prompt,
             strategy=strategy,
             sampling=sampling,
             on_token=lambda token: written_by.update([token.exit_index]),
-        ):
+        )
+        # A terminal obeys control characters; a file may have them as they are.
+        shown = visible if sys.stdout.isatty() else str
+        sys.stdout.write(shown(self.prompt))
+        for piece in pieces:
             sys.stdout.write(shown(piece))
             sys.stdout.flush()
         sys.stdout.write("\n")
@@ -161,15 +165,24 @@ class Generate:
     def _strategy(self) -> Strategy:
         from localexit.inference.strategies import ConfidentExit, FixedExit, SelfSpeculative
 
+        confidence = _given(threshold=self.threshold, exits=self.sure_exits)
+        draft = _given(draft_tokens=self.draft_tokens)
+        if self.exit != "confidence" and confidence:
+            raise ValueError(
+                f"threshold and sure_exits are for exit confidence, got exit {self.exit}; add --exit confidence, or "
+                f"leave them out"
+            )
+        if self.draft_exit is None and draft:
+            raise ValueError("draft_tokens is for a draft exit, and there is none; add --draft-exit, or leave it out")
         if self.draft_exit is not None:
             if self.exit != -1:
                 raise ValueError(
                     f"draft_exit: expected no other exit, got {self.draft_exit} and exit {self.exit}; the last exit "
                     f"verifies a draft, leave one of them out"
                 )
-            return SelfSpeculative(draft_exit=self.draft_exit, draft_tokens=self.draft_tokens)
+            return SelfSpeculative(draft_exit=self.draft_exit, **draft)
         if self.exit == "confidence":
-            return ConfidentExit(threshold=self.threshold, exits=self.sure_exits)
+            return ConfidentExit(**confidence)
         return FixedExit(exit_index=self.exit)
 
 
@@ -206,6 +219,8 @@ class Eval:
         folder = RunFolder(path=self.run)
         folder.check_has_model()
         check_source(folder.read_config().data if self.data is None else self.data)
+        path = self.output or folder.evaluation
+        check_output("output", path)
         from rich.console import Console
 
         from localexit.report import evaluation_tables, read_evaluation
@@ -214,7 +229,6 @@ class Eval:
         evaluation = evaluate_run(
             folder, data=self.data, max_tokens=self.tokens, thresholds=self.thresholds, device=self.device
         )
-        path = self.output or folder.evaluation
         write_json(path, evaluation)
         console = Console()
         for table in evaluation_tables(read_evaluation(path)):
@@ -264,6 +278,7 @@ class Compare:
         device: auto, cpu, cuda, …; the preset's by default.
         compile: train all methods with compiled blocks.
         max_minutes: stop by then, after the step that is being made; the same command goes on, in the middle of a cell.
+            No limit by default.
         commit: of the sources, where git cannot be asked.
         train: off only shows what is there.
     """
@@ -298,6 +313,10 @@ class Compare:
             compile_blocks=self.compile,
         )
         _values.count("processes", self.processes, minimum=1)
+        if self.max_minutes is not None:
+            _values.positive("max_minutes", self.max_minutes)
+        output = self.output or Path("runs") / f"compare-{self.preset}"
+        check_output("output", output / "cells.jsonl")
         if self.data is not None:
             from localexit.train.corpus import check_source
 
@@ -308,7 +327,7 @@ class Compare:
 
         comparison = Comparison(
             jobs=wanted if self.train else (),
-            output=self.output or Path("runs") / f"compare-{self.preset}",
+            output=output,
             merge=self.merge,
             num_processes=self.processes,
             max_minutes=math.inf if self.max_minutes is None else self.max_minutes,
@@ -414,22 +433,28 @@ Command = (
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
-TRACEBACK = "--traceback"
+TRACEBACK, VERSION = "--traceback", "--version"
 DESCRIPTION = (
     "Train language models locally: every block learns from its own exit, no gradient crosses between blocks. "
-    f"What is refused is one line; {TRACEBACK} before the command shows where it came from."
+    f"What is refused is one line; {TRACEBACK} before the command shows where it came from. {VERSION} says which "
+    f"version this is."
 )
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command with these arguments and return its exit code; what it refuses is one line on stderr.
 
-    With `--traceback` before the command, where it was refused is printed above that line.
+    With `--traceback` before the command, where it was refused is printed above that line. Warnings are a line each.
     """
+    if list(arguments) == [VERSION]:
+        sys.stdout.write(f"localexit {__version__}\n")
+        return 0
     shows_traceback = list(arguments[:1]) == [TRACEBACK]
     try:
-        return int(_parsed(arguments[shows_traceback:]).execute())
-    except (KeyboardInterrupt, ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return int(_parsed(arguments[shows_traceback:]).execute())
+    except (KeyboardInterrupt, ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
         message, code = _refusal(error)
         if shows_traceback:
             traceback.print_exc()
@@ -442,6 +467,9 @@ def _refusal(error: BaseException) -> tuple[str, int]:
         return "interrupted", INTERRUPTED
     if isinstance(error, ModuleNotFoundError):
         return _values.missing_package(error.name), BAD_INPUT
+    if _is_out_of_memory(error):
+        reason = str(error).partition("\n")[0] or "no memory left"
+        return f"not enough memory ({reason}); smaller batches, contexts or models need less of it", FAILED
     if isinstance(error, RuntimeError):
         from localexit.bench.gate import GateError
         from localexit.train.trainer import RunFailedError
@@ -450,6 +478,17 @@ def _refusal(error: BaseException) -> tuple[str, int]:
             raise error
         return str(error), FAILED
     return str(error), BAD_INPUT
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU, torch on a CPU, or Python itself had no memory left."""
+    torch = sys.modules.get("torch")
+    is_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return is_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def _show_warning(message: Warning | str, *_where: object, **_more: object) -> None:
+    _say(f"warning: {message}")
 
 
 def _parsed(arguments: Sequence[str]) -> Any:
@@ -506,8 +545,18 @@ def _first_part(framed: str) -> str:
 
 
 def _refused(message: str, code: int) -> int:
-    sys.stderr.write(f"localexit: {visible(' '.join(message.split()))}\n")
+    _say(message)
     return code
+
+
+def _say(message: str) -> None:
+    """A line of ours on stderr."""
+    sys.stderr.write(f"localexit: {visible(' '.join(message.split()))}\n")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given, without those that were left out."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _print_sample(console: Any, prompt: str, text: str) -> None:

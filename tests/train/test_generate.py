@@ -129,6 +129,7 @@ def test_top_k_and_temperature_choose() -> None:
     assert {choose(logits, Sampling(top_k=None, temperature=9.0), generator) for _ in range(200)} == {0, 1, 2, 3}
     assert {choose(logits, Sampling(temperature=0.0), generator) for _ in range(9)} == {1}
     assert {choose(logits, Sampling(top_k=50, temperature=0.01), generator) for _ in range(50)} == {1}
+    assert {choose(1e3 * logits, Sampling(temperature=1e-40), generator) for _ in range(9)} == {1}
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from localexit.feedback import feedback_names
 from localexit.train.checkpoint import load_checkpoint
 from localexit.train.config import FeedbackSpec, TrainConfig
+from localexit.train.data import load_data
 from localexit.train.devices import resolve_device, resolve_precision
 from localexit.train.trainer import NonFiniteError, RunFailedError, StepResult, Trainer
 from train.small_runs import small_config, train_quietly, write_corpus
@@ -506,12 +508,25 @@ def test_a_model_in_a_folder_is_trained_on(text: Path, cache_dir: Path, tmp_path
         train_quietly(config, tmp_path / "third", cache_dir)
 
 
+def test_a_model_without_its_tokenizer_is_refused_before_the_text_is_read(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`transformers` makes a GPT-2 tokenizer out of nothing: every text is then a single token."""
+    sizes = {"vocab_size": 300, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("localexit.train.data.load_corpus", lambda *_: pytest.fail("the text was read"))
+    with pytest.raises(ValueError, match=r"its tokenizer could not be loaded: it has no tokens .*save_pretrained"):
+        load_data(small_config(text, model=str(tmp_path / "model"), vocab_size=None))
+
+
 def test_devices_and_precisions_by_name() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type in ("cpu", "cuda")
     assert resolve_precision("auto", torch.device("cpu")) == torch.float32
     assert resolve_precision("bf16", torch.device("cpu")) == torch.bfloat16
     assert resolve_precision("fp32", torch.device("cpu")) == torch.float32
+    with pytest.raises(ValueError, match=r"got 'vulkan'.*'Vulkan' backend$"):
+        resolve_device("vulkan")
 
 
 def _raising(train_step: Any, *, at: int, error: BaseException) -> Any:

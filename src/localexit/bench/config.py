@@ -30,7 +30,7 @@ class BenchConfig:
         backend: of our rules: auto, torch or triton.
         peers: exact heads to compare with; all that are installed by default, none when the list is empty.
         original: Python file of the heads this project started from.
-        rounds: how often everything is timed; 7 on a CPU, 5 on a GPU by default.
+        rounds: how often everything is timed, at least 5 times; 7 on a CPU, 5 on a GPU by default.
         threads: of the CPU.
         patience: seconds to spend on waiting for a quiet CPU.
         sweep: vary one size instead: tokens N, width D, vocabulary V, rank R or anchors M; the others are those of
@@ -77,7 +77,7 @@ class BenchConfig:
         if self.values and self.sweep is None:
             raise ValueError("values are those of a sweep, and there is none; pass --sweep")
         _values.count("shared_exits", self.shared_exits, minimum=0)
-        _values.count("threads", self.threads, minimum=1)
+        _values.threads(self.threads)
         _values.non_negative("patience", self.patience)
         if self.original is not None and not self.original.is_file():
             raise ValueError(f"original must be the Python file of the original heads, got {self.original}")

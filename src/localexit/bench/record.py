@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import localexit
-from localexit._files import read_json
+from localexit._files import check_output, read_json
 
 FORMAT = 2
 _SOURCES = Path(__file__).resolve().parents[3]
@@ -68,10 +68,12 @@ class Results:
         environment: of this run.
 
     Raises:
-        ValueError: the file is of another device, version or commit, or no file of results.
+        ValueError: the file is of another device, version or commit, no file of results, or cannot be written.
     """
 
     def __init__(self, path: Path | None, environment: dict[str, Any]) -> None:
+        if path is not None:
+            check_output("output", path)
         self.path = path
         self.content: dict[str, Any] = dict(environment)
         if path is not None and path.exists():

@@ -150,7 +150,10 @@ def _setting(key: str, value: Any) -> Any:
     if key == "exits":
         return str(value)
     if key in ("exit_weights", "betas"):
-        return tuple(float(part) for part in str(value).split("/"))
+        try:
+            return tuple(float(part) for part in str(value).split("/"))
+        except ValueError:
+            raise ValueError(f"{key} of a method must be numbers written 1/2/3, got {value!r}") from None
     return value
 
 

@@ -29,6 +29,6 @@ class Sampling:
     def __post_init__(self) -> None:
         _values.count("max_new_tokens", self.max_new_tokens, minimum=0)
         _values.non_negative("temperature", self.temperature)
-        _values.count("seed", self.seed, minimum=0)
+        _values.count("seed", _values.seed(self.seed), minimum=0)
         if self.top_k is not None:
             _values.count("top_k", self.top_k, minimum=1)

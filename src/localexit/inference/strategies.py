@@ -55,6 +55,9 @@ class FixedExit:
 
     exit_index: int = -1
 
+    def __post_init__(self) -> None:
+        _values.integer("exit_index", self.exit_index)
+
     def check(self, local: LocalModel, sampling: Sampling) -> None:  # noqa: ARG002
         """Refuse an exit that there is not."""
         local.exit_position(self.exit_index)
@@ -86,7 +89,11 @@ class ConfidentExit:
 
     def __post_init__(self) -> None:
         _values.fraction("threshold", self.threshold)
-        for exit_index in self.exits or ():
+        if self.exits is None:
+            return
+        if not self.exits:
+            raise ValueError("exits: expected at least one exit to ask, got none; pass some, or None for all")
+        for exit_index in self.exits:
             _values.integer("exits", exit_index)
 
     def check(self, local: LocalModel, sampling: Sampling) -> None:  # noqa: ARG002

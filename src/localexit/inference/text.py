@@ -107,5 +107,6 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     if sampling.top_k is not None and sampling.top_k < logits.shape[0]:
         smallest = logits.topk(sampling.top_k).values[-1]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
-    probabilities = torch.softmax(logits / sampling.temperature, -1)
+    # Below the largest one, so that nothing overflows however low the temperature is.
+    probabilities = torch.softmax((logits - logits.max()) / sampling.temperature, -1)
     return int(torch.multinomial(probabilities, 1, generator=generator))

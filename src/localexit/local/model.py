@@ -23,7 +23,7 @@ from localexit.local.exits import Exit
 from localexit.local.hooks import BlockHooks
 from localexit.local.parts import Parts
 from localexit.local.predict import ExitPredictions, HiddenStep, PredictionStep, UnitStates
-from localexit.local.schedule import ExitSchedule
+from localexit.local.schedule import ExitSchedule, checked_weights
 from localexit.local.sharding import clip_grad_norm_, sharded_modules
 from localexit.local.steps import (
     DeferredStep,
@@ -225,13 +225,7 @@ class LocalModel(nn.Module):
 
     @exit_weights.setter
     def exit_weights(self, weights: Sequence[float]) -> None:
-        values = tuple(float(weight) for weight in weights)
-        if len(values) != self.num_exits or not all(0 < value < float("inf") for value in values):
-            raise ValueError(
-                f"exit_weights must be {self.num_exits} positive numbers, one per exit, got {list(values)}; "
-                f"leave an exit out with exits= instead of giving it no weight"
-            )
-        self._exit_weights = values
+        self._exit_weights = checked_weights(weights, self.num_exits)
 
     @property
     def is_sharded(self) -> bool:
@@ -245,6 +239,8 @@ class LocalModel(nn.Module):
 
     @schedule.setter
     def schedule(self, schedule: ExitSchedule) -> None:
+        if not isinstance(schedule, ExitSchedule):
+            raise TypeError(f"schedule must be a localexit.ExitSchedule, got {type(schedule).__name__}; build one")
         schedule.check(self.num_exits)
         self._schedule = schedule
 

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from localexit import _checks
 from localexit.feedback.draws import choose_exits
+
+
+def checked_weights(weights: Sequence[float], num_exits: int) -> tuple[float, ...]:
+    """What each exit's loss counts, as floats.
+
+    Raises:
+        ValueError: another number of weights than exits, or one that is not positive.
+        TypeError: something else than numbers.
+    """
+    expected = f"exit_weights must be {num_exits} positive numbers, one per exit"
+    try:
+        values = tuple(float(weight) for weight in weights)
+    except (TypeError, ValueError):
+        raise TypeError(f"{expected}, got {weights!r}") from None
+    if len(values) != num_exits or not all(0 < value < math.inf for value in values):
+        raise ValueError(
+            f"{expected}, got {list(values)}; leave an exit out with exits= instead of giving it no weight"
+        )
+    return values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from localexit._files import check_output
 from localexit._text import visible
 
 from . import text
@@ -105,8 +106,7 @@ def _page_path(runs: Sequence[Run], output: Path | None) -> Path:
     if output is None and len(runs) > 1:
         raise ValueError(f"output: expected a file to write for {len(runs)} runs, got None; name one")
     page = runs[0].path / "report.html" if output is None else Path(output)
-    if page.is_dir():
-        raise ValueError(f"output: expected a file, got the folder {str(page)!r}; name a file in it")
+    check_output("output", page)
     return page
 
 

@@ -209,9 +209,11 @@ class TrainConfig:
             _values.count(name, getattr(self, name), minimum=1)
         for name in ("warmup_steps", "exit_warmup", "max_skipped", "sample_tokens", "seed", "diagnose_every"):
             _values.count(name, getattr(self, name), minimum=0)
-        for name in ("vocab_size", "exits_per_step", "threads"):
+        for name in ("vocab_size", "exits_per_step"):
             if getattr(self, name) is not None:
                 _values.count(name, getattr(self, name), minimum=1)
+        if self.threads is not None:
+            _values.threads(self.threads)
         _values.count("context", self.context, minimum=2)
         for name, kinds in (
             ("exit_norm", ExitNorm),

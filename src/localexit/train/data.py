@@ -44,15 +44,17 @@ def load_data(config: TrainConfig, *, cache_dir: Path | None = None) -> RunData:
         FileNotFoundError: there is no such text.
         ImportError: a data set of the hub without the package it needs.
     """
+    # A model without a tokenizer is refused before minutes go into reading the text.
+    of_model = None if config.model in PRESETS else load_tokenizer(config.model)
     corpus = load_corpus(config.data)
-    if config.model in PRESETS:
+    if of_model is None:
         vocab_size = config.vocab_size or PRESETS[config.model].vocab_size
         tokenizer = train_tokenizer(corpus, vocab_size=vocab_size, cache_dir=cache_dir)
         known_id = tokenizer.token_to_id(END_OF_TEXT)
         assert known_id is not None, "our own tokenizers have it"
         end_of_text_id = known_id
     else:
-        tokenizer, end_of_text_id = load_tokenizer(config.model)
+        tokenizer, end_of_text_id = of_model
     train, valid = (
         load_tokens(corpus, tokenizer, split=split, end_of_text_id=end_of_text_id, cache_dir=cache_dir)
         for split in ("train", "valid")

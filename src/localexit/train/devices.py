@@ -17,7 +17,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
+        # What follows a first sentence are lists of everything that torch was built with.
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"device must be 'auto' or a device torch can use here, got {name!r}: {reason}") from error
     return device
 

@@ -20,6 +20,7 @@ from localexit.inference.architecture import model_config
 from localexit.inference.sampling import Sampling
 from localexit.inference.text import sample_text
 from localexit.local import compile_units
+from localexit.local.schedule import checked_weights
 from localexit.local.sharding import shard_of
 from localexit.local.units import exit_blocks
 from localexit.train.batches import BatchSampler
@@ -32,7 +33,7 @@ from localexit.train.export import export_model
 from localexit.train.folder import RunFolder, versions
 from localexit.train.launch import world_rank
 from localexit.train.logs import Display, MetricsLog, drop_after
-from localexit.train.models import attach_exits, build_model
+from localexit.train.models import attach_exits, build_model, exit_schedule
 from localexit.train.preflight import check_shared_batch, check_start
 from localexit.train.presets import PRESETS
 from localexit.train.ranks import Ranks, joined
@@ -152,7 +153,10 @@ def _check_fits_preset(config: TrainConfig) -> None:
     """Refuse exits and options of a rule that the preset has no room for, before minutes go into reading the text."""
     if config.model in PRESETS:
         preset = PRESETS[config.model]
-        exit_blocks(exit_indices(config.exits), preset.num_blocks)
+        num_exits = len(exit_blocks(exit_indices(config.exits), preset.num_blocks))
+        if config.exit_weights is not None:
+            checked_weights(config.exit_weights, num_exits)
+        exit_schedule(config).check(num_exits)
         config.feedback.build(hidden_size=preset.hidden_size, vocab_size=1, seed=config.seed)
 
 

@@ -88,9 +88,7 @@ def attach_exits(
         exit_norm=config.exit_norm,
         exit_body=config.exit_body,
         exit_weights=config.exit_weights,
-        schedule=ExitSchedule(
-            exits_per_step=config.exits_per_step, token_share=config.token_share, warmup=config.exit_warmup
-        ),
+        schedule=exit_schedule(config),
         backward=config.backward,
         seed=config.seed,
         label_smoothing=config.label_smoothing,
@@ -100,6 +98,11 @@ def attach_exits(
     if not config.train_blocks:
         freeze_blocks(local)
     return local
+
+
+def exit_schedule(config: TrainConfig) -> ExitSchedule:
+    """What the exits of a run do from step to step."""
+    return ExitSchedule(exits_per_step=config.exits_per_step, token_share=config.token_share, warmup=config.exit_warmup)
 
 
 def freeze_blocks(local: LocalModel) -> None:
@@ -176,6 +179,9 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, int]:
             f"model {name!r}: expected a fast tokenizer (tokenizer.json) with an end-of-text token, got "
             f"{type(tokenizer).__name__} with eos_token={tokenizer.eos_token!r}; convert it and set one"
         )
+    # Some families' tokenizers can be made out of nothing.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()):
+        raise _cannot_load(name, "tokenizer", ValueError("it has no tokens but those that were added to it"))
     return tokenizer.backend_tokenizer, tokenizer.eos_token_id
 
 
@@ -209,6 +215,12 @@ def _from_preset(preset: Preset, config: TrainConfig, *, vocab_size: int, end_of
     return model
 
 
+_REMEDIES = {
+    "model": "expected a causal language model that save_pretrained wrote, with safetensors weights",
+    "tokenizer": "expected its tokenizer beside it, tokenizer.json; tokenizer.save_pretrained(FOLDER) writes it",
+}
+
+
 def _cannot_load(name: str, what: str, error: Exception) -> ValueError:
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    return ValueError(f"model {name!r}: its {what} could not be loaded: {reason}")
+    reason = str(error).strip().partition("\n")[0].rstrip(" :") or type(error).__name__
+    return ValueError(f"model {name!r}: its {what} could not be loaded: {reason}; {_REMEDIES[what]}")
