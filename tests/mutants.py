@@ -93,6 +93,7 @@ FILE_TESTS: dict[str, list[str]] = {
         *_OPERATORS,
         *(f"tests/exits/test_operators.py::TestOpcheck::test_{name}" for name in ("exit_loss", "tiled_gradients")),
     ],
+    "exits/pairs.py": [*_files("feedback", "shared", "mirror"), *_files("exits", "ranks", "vocab")],
     "exits/ranks.py": _files("exits", "vocab"),
     "exits/reference.py": ["tests/exits/test_oracle.py"],
     "exits/tiled.py": _files("exits", "chunked"),

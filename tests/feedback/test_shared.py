@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers.budget import assert_close
 from helpers.cases import Inputs, expected, make_inputs, run
+from helpers.largest import Largest
 from localexit import SharedAnchors, exit_cross_entropy, exit_step, make_feedback
+from localexit.exits.pairs import measured_rows
 from localexit.exits.reference import reference_exit
 from localexit.feedback.draws import choose_rows
 
@@ -269,3 +271,15 @@ def test_no_option_is_out_of_range() -> None:
         shared_rule(num_anchors=0)
     with pytest.raises(ValueError, match="ridge"):
         shared_rule(ridge=-1.0)
+
+
+def test_no_tensor_of_all_anchors_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 anchors of 20,000 words, 1,250 words at a time."""
+    monkeypatch.setattr("localexit.exits.pairs._LOGIT_BYTES", 4 * 128 * 1250)
+    hidden, weight = torch.randn(128, 8), torch.randn(20_000, 8)
+    rule = make_feedback("anchors_shared", 8, 20_000, num_anchors=128)
+    assert isinstance(rule, SharedAnchors)
+    with Largest() as made:
+        measured_rows(rule, hidden, torch.ones(128, dtype=torch.bool), weight)
+    # The anchors' logits, which are as large as the rows.
+    assert made.num_bytes == 4 * 128 * 1250 == weight.nbytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ class SharedAnchors(Rows):
         # Not a buffer: it is of one step, and no part of what is saved.
         self.rows = self.step.new_empty(0, self.hidden_size, dtype=torch.float32)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedAnchors:
         """What is measured belongs to the device and dtype it was measured with."""
         super()._apply(fn, recurse)
         self.discard()
