@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from localexit import exit_cross_entropy, make_feedback
+from localexit.exits import backends
 from localexit.exits.backends import choose_backend, triton_refusal
 from localexit.exits.loss import LossOptions
 
@@ -24,8 +25,11 @@ def arguments(name: str = "dense", **changes: Any) -> dict[str, Any]:
     return defaults | changes
 
 
-def test_auto_takes_the_kernels_where_they_run() -> None:
-    pytest.importorskip("triton")
+def test_auto_takes_the_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
+    assert choose_backend("auto", **arguments(options=LossOptions(softcap=30.0))) == "triton"
+    assert choose_backend("auto", **arguments(options=LossOptions(label_smoothing=0.1))) == "triton"
+    assert choose_backend("auto", **arguments(compute_dtype=torch.float32)) == "triton"
     assert choose_backend("auto", **arguments()) == "triton"
     assert choose_backend("triton", **arguments("mirror_sampled")) == "triton"
     assert choose_backend("torch", **arguments()) == "torch"
@@ -52,6 +56,13 @@ def test_a_refusal_has_a_reason_and_auto_goes_on(changes: dict[str, Any], reason
     assert choose_backend("auto", **call) == "torch"
     with pytest.raises(ValueError, match=r"backend='triton'.*pass backend='auto'"):
         choose_backend("triton", **call)
+
+
+def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    assert choose_backend("auto", **arguments()) == "torch"
+    with pytest.raises(ValueError, match=r"install localexit\[gpu\]; pass backend='auto' or 'torch'"):
+        choose_backend("triton", **arguments())
 
 
 def test_the_stats_name_the_backend() -> None:

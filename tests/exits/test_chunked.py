@@ -14,10 +14,11 @@ from helpers.budget import assert_close
 from helpers.cases import make_inputs, small_rule
 from localexit import exit_cross_entropy, exit_step
 from localexit.exits import chunked
-from localexit.exits.chunked import PLAIN, ExitCall, chunk_rows, run_exit
-from localexit.exits.loss import LossOptions
+from localexit.exits.chunked import PLAIN, ExitCall, chunk_rows, measure, run_exit
+from localexit.exits.loss import LossOptions, RowResult
 from localexit.exits.reference import reference_exit
 from localexit.exits.tiled import _tile_columns
+from localexit.feedback import Anchors
 
 MIB = 2**20
 
@@ -112,6 +113,78 @@ def test_products_in_bf16_are_summed_in_fp32(weight_dtype: torch.dtype, num_chun
     )  # fmt: skip
     assert_close(result.weight_grad.double(), exact.weight_grad, tolerance=2e-2)
     assert_close(result.bias_grad.double(), exact.bias_grad, tolerance=2e-2)
+
+
+@pytest.mark.parametrize(("num_chunks", "expected"), [(1, 0), (2, 1)])
+def test_anchors_are_measured_again_only_where_their_logits_are_gone(
+    num_chunks: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def watched(*arguments: torch.Tensor) -> Anchors:
+        measured.append(len(arguments[0]))
+        return measure(*arguments)
+
+    monkeypatch.setattr(chunked, "measure", watched)
+    inputs = make_inputs(8, 9, 40)
+    options = {"feedback": small_rule("anchors", 9, 40), "chunk_bytes": 8 * 40 * 8 // num_chunks}
+    exit_step(inputs.hidden, inputs.weight, inputs.target, **options)
+    assert len(measured) == expected
+
+
+class Watched:
+    """Stages that note what they are asked for, and do logits and error at once if told so, as kernels do."""
+
+    def __init__(self, *, is_fused: bool) -> None:
+        self.need_groups: list[bool] = []
+        self.stages = replace(PLAIN, loss_and_error=self.loss_and_error)
+        if is_fused:
+            self.stages = replace(self.stages, fused_product=self.fused_product, has_bias=False)
+
+    def loss_and_error(self, *arguments: Any, **options: Any) -> RowResult:
+        self.need_groups.append(options["need_groups"])
+        return PLAIN.loss_and_error(*arguments, **options)
+
+    def fused_product(self, call: ExitCall, weight: torch.Tensor) -> Any:
+        def run(
+            hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, options: LossOptions,
+            *, out: torch.Tensor, need_groups: bool,
+        ) -> RowResult:  # fmt: skip
+            PLAIN.logits(hidden, weight, None, out)
+            needs = {"need_error": True, "need_logits": False, "need_groups": need_groups, "need_stats": False}
+            result = self.loss_and_error(out, target, options, **needs)
+            out.div_(4)
+            return replace(result, scale=out.new_full((len(out),), 4.0))
+
+        return run
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("dense", {}, False),
+        ("dense", {"is_filtered": True}, True),
+        ("dense", {"is_filtered": True, "need_weight": False}, False),
+        ("hybrid", {}, True),
+        ("hybrid", {"need_hidden": False}, False),
+        ("anchors", {"anchor_rows": torch.tensor([1, 4])}, False),
+    ],
+)
+def test_groups_are_asked_for_by_what_selects_in_any_way_of_calling(
+    name: str, options: dict[str, Any], expected: bool, is_fused: bool
+) -> None:
+    """A fused product may leave a factor of the error to others, and gives what the plain steps give."""
+    watched = Watched(is_fused=is_fused)
+    result = run_exit(call(name, **options), stages=watched.stages)
+    assert watched.need_groups == [expected]
+    plain = run_exit(call(name, **options))
+    for part in ("loss", "log_prob", "feedback", "weight_grad"):
+        ours, theirs = getattr(result, part), getattr(plain, part)
+        assert (ours is None) == (theirs is None)
+        # What is small enough to be left out depends on the factor: kernels see to that themselves.
+        if theirs is not None and not (is_fused and options.get("is_filtered")):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["transport_sampled", "mirror_sampled"])

@@ -17,7 +17,7 @@ def _generator(seed: int, stream: str) -> torch.Generator:
 def orthonormal_expander(hidden_size: int, rank: int, *, seed: int) -> Tensor:
     """U [D, R], fp32, with orthonormal columns (QR of a Gaussian matrix)."""
     gaussian = torch.randn(hidden_size, rank, generator=_generator(seed, "expander"))
-    return torch.linalg.qr(gaussian, mode="reduced").Q.contiguous()
+    return torch.linalg.qr(gaussian).Q.contiguous()
 
 
 def gaussian_codebook(vocab_size: int, rank: int, *, seed: int) -> Tensor:
