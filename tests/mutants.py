@@ -102,6 +102,7 @@ FILE_TESTS: dict[str, list[str]] = {
     "local/average.py": _files("local", "data_parallel", "in_backward"),
     "local/batch.py": _files("local", "training", "schedule"),
     "local/bodies.py": _files("local", "exit_body", "exit_block"),
+    "local/controls.py": ["tests/local/test_router.py::test_routers_learn_from_their_loss_by_direct_feedback_too"],
     "local/discover.py": _files("local", "vocab_parallel"),
     "local/exits.py": _files("local", "exit_body", "saving"),
     "local/graph.py": _files("local", "locality"),

@@ -56,6 +56,23 @@ def test_small_groups_are_left_out_of_dw_and_of_nothing_else() -> None:
     assert 0 < error < 1e-3
 
 
+def test_the_group_of_the_gold_token_counts_however_small_its_errors_are() -> None:
+    """A prediction that is all but certain, and right."""
+    weight = torch.eye(VOCAB, HIDDEN, dtype=torch.float64)
+    hidden, target = 25 * weight[3:4], torch.tensor([3])
+    total, exact = torch.zeros_like(weight), torch.zeros_like(weight)
+    for grad, weight_grad in ((total, "filtered"), (exact, "exact")):
+        rule = make_feedback("dense", HIDDEN, VOCAB)
+        exit_step(hidden, weight, target, feedback=rule, grad_weight=grad, weight_grad=weight_grad)
+    assert 0 < exact.abs().max() < FILTER_THRESHOLD
+    assert torch.equal(total[:GROUP], exact[:GROUP])
+    assert not total[GROUP:].any()
+
+
+def test_the_threshold_is_what_the_documentation_says() -> None:
+    assert FILTER_THRESHOLD == 2**-12
+
+
 def test_the_threshold_does_not_depend_on_token_weights_or_chunks() -> None:
     hidden, weight, target = make_case()
     rule = make_feedback("dense", HIDDEN, VOCAB)

@@ -211,6 +211,15 @@ def test_exits_of_sharded_blocks_that_sit_out(backward: str) -> None:
     check(2, ("transport",), EXACT, schedule=ExitSchedule(exits_per_step=2), accumulate=2, **options)
 
 
+def seed_of_the_rule() -> int:
+    ranks = DataParallel()
+    return attach(build("plain").float(), feedback="anchors", seed=5 + ranks.rank, data_parallel=ranks).feedback.seed
+
+
+def test_all_ranks_draw_with_the_seed_of_the_first() -> None:
+    assert run_ranks(seed_of_the_rule, 2) == [5, 5]
+
+
 def sharded_after_a_look() -> None:
     """Forwards without a backward: of all exits, and of the first one, which ends after its block."""
     model = build("plain")

@@ -13,6 +13,7 @@ from local.explicit import explicit_step, parts_of
 from local.rules import attached, rule
 from local.test_gradients import assert_same, train_step
 from localexit.local import ExitSchedule, LocalModel, StepInBackward, load_exits, save_exits
+from localexit.local.bodies import ExitMlp
 
 MODES = ("deferred", "stream")
 
@@ -35,6 +36,14 @@ def test_a_body_starts_without_effect() -> None:
     changed = with_bodies()
     assert not torch.equal(changed.exit_logits(0, ids), plain.exit_logits(0, ids))
     assert torch.equal(changed.exit_logits(2, ids), plain.exit_logits(2, ids))
+
+
+def test_what_goes_into_a_body_comes_out_of_its_first_matrix_at_its_own_size() -> None:
+    body = ExitMlp(64, generator=torch.Generator().manual_seed(0))
+    assert (body.up.weight.shape, body.down.weight.shape) == ((256, 64), (64, 256))
+    assert [name for name, _ in body.named_parameters()] == ["norm.weight", "up.weight", "down.weight"]
+    hidden = torch.randn(100, 64, generator=torch.Generator().manual_seed(1))
+    assert float(body.up(body.norm(hidden)).detach().std()) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -132,6 +132,20 @@ def test_evaluation_of_every_exit(name: str) -> None:
     assert not got.loss.requires_grad
 
 
+def test_predictions_are_those_of_the_logits_at_every_exit() -> None:
+    ids, labels = batch()
+    local = attached(build("plain"))
+    found = local.predictions(ids, labels)
+    target = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+    log_prob = torch.stack([local.exit_logits(index, ids) for index in range(3)]).log_softmax(-1)
+    assert torch.equal(found.token, log_prob.argmax(-1))
+    torch.testing.assert_close(found.confidence, log_prob.amax(-1).exp())
+    assert torch.equal(found.target, target)
+    assert torch.equal(found.is_counted, target != -100)
+    of_target = log_prob.gather(-1, target.clamp_min(0).expand(3, -1, -1)[..., None])[..., 0]
+    torch.testing.assert_close(found.log_prob, of_target * (target != -100))
+
+
 def test_evaluation_switches_dropout_off_and_training_back_on() -> None:
     model = build("gpt2")
     model.transformer.drop.p = 0.5

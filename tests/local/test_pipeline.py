@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from helpers.ranks import run_ranks
-from local.decoders import CONTEXT, build
+from local.decoders import CONTEXT, build, count_hooks
 from local.rules import RULES, attached
 from local.test_data_parallel import EXACT, batches
 from localexit import LocalModel, Pipeline
@@ -158,6 +158,38 @@ def test_a_stage_holds_its_own_blocks() -> None:
     whole = sum(p.numel() for block in made("dense").blocks for p in block.parameters())
     assert first == (3 * whole // 5, whole, 3 * whole // 5)
     assert second == (2 * whole // 5, whole, 2 * whole // 5)
+
+
+def test_a_stage_may_follow_a_single_unit() -> None:
+    check("dense", 2, num_steps=2, exits="every:4")
+
+
+def sent_before_a_step() -> list[int]:
+    """Numbers that are broadcast in a step without a mirror; the stage holds, and has on its blocks, what it needs."""
+    local = made("dense")
+    num_hooks = count_hooks(local.model)
+    stage = Pipeline(local)
+    assert count_hooks(local.model) == num_hooks
+    assert not any(p.grad is not None and p.grad.any() for p in local.parameters())
+    first, last = stage.units
+    own = {id(p) for unit in local.units[first : last + 1] for p in unit.parameters()}
+    assert {id(p) for p in stage.parameters()} == own | {id(p) for p in local.shared_parameters()}
+    sizes = []
+
+    def broadcast(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
+        sizes.append(tensor.numel())
+        original(tensor, *args, **kwargs)
+
+    original = dist.broadcast
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "broadcast", broadcast)
+        stage.step_gradients(*next(batches(1)), num_microbatches=2)
+    return sizes
+
+
+def test_what_later_stages_use_of_the_first_is_all_that_they_are_sent() -> None:
+    """Of the plain decoder that is one number, which all blocks are given."""
+    assert run_ranks(sent_before_a_step, 2) == [[1], [1]]
 
 
 def weights_apart() -> tuple[Tensor, Tensor]:

@@ -162,6 +162,17 @@ def test_a_step_may_leave_it_out(mode: str) -> None:
     assert differing(gradients(model), gradients(without)) == []
 
 
+def test_routers_learn_from_their_loss_by_direct_feedback_too() -> None:
+    ids = token_ids()
+    models = [mixture("mixtral") for _ in range(2)]
+    for model, options in zip(models, ({}, {"output_router_logits": False}), strict=True):
+        train(attach(model, feedback="transport", backward="direct"), "direct", ids, ids, **options)
+    with_loss, without = (gradients(model) for model in models)
+    routers = [name for name in with_loss if name.endswith("gate.weight")]
+    assert len(routers) == 2
+    assert not any(torch.allclose(with_loss[name], without[name]) for name in routers)
+
+
 def test_routers_whose_loss_has_no_factor_have_none() -> None:
     model = tiny_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.0)
     assert attach(model, feedback="transport").anatomy.routers is None

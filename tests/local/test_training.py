@@ -101,6 +101,37 @@ def test_update_steps_the_feedback() -> None:
     assert not torch.equal(local.feedback.rows, rows)
 
 
+def test_a_batch_that_is_discarded_leaves_no_trace() -> None:
+    ids, labels = batch()
+    plain, local = (attached(build("plain"), "mirror_sampled", backward="stream") for _ in range(2))
+    local(*batch(seed=3))
+    local.discard()
+    local.model.zero_grad()
+    for each in (plain, local):
+        each(ids, labels)
+        each.update()
+    ours, expected = gradients(local.model), gradients(plain.model)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], grad) for name, grad in expected.items())
+    assert torch.equal(local.feedback.rows, plain.feedback.rows)
+    assert int(local.feedback.step) == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_model_would_collect_is_switched_off_in_training_alone(mode: str) -> None:
+    """Keys and values of all blocks would keep every unit's activations."""
+    local = attached(build("llama"), backward=mode)
+    seen = []
+    local.model.model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(kwargs["use_cache"]), with_kwargs=True
+    )
+    ids, labels = batch()
+    local(ids, labels)
+    local(ids, labels, use_cache=True)
+    local.exit_logits(0, ids)
+    assert seen == [False, True, None]
+
+
 def test_a_model_switched_to_training_by_itself_trains_its_mirror() -> None:
     local = attached(build("plain"), "mirror")
     rows = local.feedback.rows.clone()

@@ -60,6 +60,13 @@ def test_every_parameter_belongs_to_one_unit_or_is_shared(name: str, exit_norm: 
     assert [unit.index for unit in local.units] == [0, 1, 2] == [exit_.index for exit_ in local.exits]
 
 
+def test_an_attached_model_says_how_it_was_attached() -> None:
+    local = attached(build("plain"), exit_norm="copy", exit_body="mlp", backward="stream")
+    assert (local.exit_norm, local.exit_body, local.backward_mode) == ("copy", "mlp", "stream")
+    assert local.exit_weights == (1.0, 1.0, 1.0)
+    assert attached(build("plain"), exit_norm=nn.LayerNorm(12).double()).exit_norm is None
+
+
 def test_what_is_shared_and_where_norms_belong() -> None:
     model = build("plain")
     head, norm = list(model.head.parameters()), list(model.norm.parameters())

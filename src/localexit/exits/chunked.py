@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class LossCall:
     target: Tensor
     row_weight: Tensor
     compute_dtype: torch.dtype
-    options: LossOptions = field(default_factory=LossOptions)
+    options: LossOptions
     vocab: VocabParallel | None = None
 
     @property

@@ -432,8 +432,7 @@ class LocalModel(nn.Module):
             )
         )
         assert isinstance(step, StreamStep), "what backward='stream' makes"
-        weights = tuple(weight * (first <= index <= last) for index, weight in enumerate(step.batch.weights))
-        step = replace(step, last_exit=last, batch=replace(step.batch, weights=weights), send=send)
+        step = replace(step, last_exit=last, send=send)
         hooks, num_skipped = self._running_hooks(), self.units[first].block_indices[0]
         self.feedback.train()
         with hooks.running(step), hooks.skipping(num_skipped, input_ids if hidden is None else hidden):

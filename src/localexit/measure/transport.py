@@ -23,6 +23,7 @@ from torch import Tensor
 from localexit import _checks
 from localexit.exits.chunked import PLAIN, ExitCall, Stages, run_exit
 from localexit.exits.functional import exit_step
+from localexit.exits.loss import LossOptions
 from localexit.feedback import Feedback, WeightTransport
 from localexit.feedback.draws import choose_rows, stratified_uniforms
 from localexit.feedback.registry import from_spec
@@ -278,6 +279,7 @@ class _Case:
             target=self.target,
             row_weight=torch.ones_like(self.hidden[:, 0]),
             compute_dtype=self.hidden.dtype,
+            options=LossOptions(),
             rule=from_spec(rule.spec(), rule.state(self.weight)),
             uniforms=stratified_uniforms(*draws, rows, rule.num_draws) if rule.num_draws else None,
             anchor_rows=choose_rows(*draws, is_counted, rule.num_anchors) if rule.num_anchors else None,
