@@ -19,6 +19,8 @@ TARGETS = (
     *(("b0", "mini", 400, "mirror_sampled", 0.01), ("b1", "small", 400, "mirror_sampled", 0.01)),
     *(("b1-packages", "small", steps, "mirror_sampled", 0.01) for steps in (400, 1600)),
     *((setting, "small", 400, "anchors:num_anchors=128", 0.05) for setting in ("b1", "b1-packages")),
+    ("b1", "small", 400, "anchors_shared", 0.05),
+    *(("b1-packages", "small", steps, "anchors_shared", 0.05) for steps in (400, 1600)),
     ("b1", "small", 400, _CODES, 0.3),
     ("b1-packages", "small", 400, _CODES, 0.3),
 )

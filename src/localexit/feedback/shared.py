@@ -113,7 +113,7 @@ class SharedAnchors(Rows):
         """Forget what the step's first exit measured."""
         self._measured = None
         # Not a buffer: it is of one step, and no part of what is saved.
-        self.rows = self.step.new_empty(0, self.hidden_size, dtype=torch.float32)
+        self.rows = self.step.new_empty(0, self.hidden_size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedAnchors:
         """What is measured belongs to the device and dtype it was measured with."""
