@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import localexit
 from helpers.budget import assert_close
 from helpers.cases import RULES, make_inputs, small_rule
 from localexit import (
@@ -166,6 +167,32 @@ def test_an_update_of_a_head_is_one_of_its_rule() -> None:
     head = made_head("dense")
     head.update()
     assert int(head.feedback.step) == 1
+
+
+def test_a_forgotten_update_of_a_head_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mirror that never learns feeds back zero, and only W would be trained."""
+    monkeypatch.setattr(localexit.feedback.base, "FORWARDS_WITHOUT_UPDATE", 3)
+    first = ExitHead(8, 11)
+    second = ExitHead(8, 11, feedback=first.feedback, exit_index=1)
+    hidden, targets = torch.randn(4, 8), torch.arange(4)
+
+    def step() -> None:
+        first(hidden, targets)
+        second(hidden, targets)
+
+    step()
+    step()
+    second.update()
+    step()
+    step()
+    with torch.no_grad():
+        step()
+    first.eval()(hidden, targets)
+    first.train()
+    with pytest.warns(UserWarning, match=r"3 training forwards without update\(\).*'mirror_sampled' learns"):
+        first(hidden, targets)
+    with pytest.warns(UserWarning, match="without update"):
+        second(hidden, targets)
 
 
 def test_a_compressor_computes_what_its_head_feeds_back() -> None:

@@ -333,7 +333,7 @@ def test_micro_batches_draw_independently_until_the_update() -> None:
 
 
 def test_a_forgotten_update_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(localexit.local.model, "_FORWARDS_WITHOUT_UPDATE", 3)
+    monkeypatch.setattr(localexit.feedback.base, "FORWARDS_WITHOUT_UPDATE", 3)
     ids, labels = batch()
     local = attached(build("plain"))
     local(ids, labels)

@@ -7,6 +7,8 @@ measurements (`Anchors`). `WeightTransport`, the exact baseline, is the one rule
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -190,6 +192,10 @@ class Anchors:
     count: Tensor
 
 
+# So many training forwards of an exit without update() are a forgotten call, not gradient accumulation.
+FORWARDS_WITHOUT_UPDATE = 512
+
+
 class Feedback(nn.Module):
     """What reaches the hidden state in place of `e @ W`.
 
@@ -234,6 +240,7 @@ class Feedback(nn.Module):
         self.hidden_size = _checks.count("hidden_size", hidden_size, minimum=1)
         self.vocab_size = _checks.count("vocab_size", vocab_size, minimum=1)
         self.seed = fresh_seed(seed)
+        self._num_forwards: Counter[int] = Counter()
         # Part of the state: draws and anchors after a resume are those of the uninterrupted run.
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
@@ -254,9 +261,23 @@ class Feedback(nn.Module):
     def update(self) -> None:
         """End of an optimiser step: call once, after every exit of the step has used the rule."""
         self.step += 1
+        self._num_forwards.clear()
 
     def discard(self) -> None:
         """Forget what was collected since the last `update()`: the batch is left out."""
+
+    def note_forward(self, exit_index: int = 0) -> None:
+        """Count a training forward at an exit; warns when there are so many that `update()` was forgotten."""
+        if torch.compiler.is_compiling():
+            # A number that is new in every step would be compiled anew in every step.
+            return
+        self._num_forwards[exit_index] += 1
+        if self._num_forwards[exit_index] == FORWARDS_WITHOUT_UPDATE:
+            warnings.warn(
+                f"{FORWARDS_WITHOUT_UPDATE} training forwards without update(); call it once after every optimiser "
+                f"step: feedback {self.name!r} learns and changes its draws only there",
+                stacklevel=3,
+            )
 
     def get_extra_state(self) -> Tensor:
         """The seed, as part of the state_dict: a rule made with another seed continues with the saved one's draws."""

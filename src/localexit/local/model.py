@@ -90,9 +90,6 @@ class TrainingInputs:
 
 _STEPS: dict[str, type[StreamStep]] = {"stream": StreamStep, "joint": JointStep, "direct": DirectStep}
 
-# So many training forwards without update() are a forgotten call, not gradient accumulation.
-_FORWARDS_WITHOUT_UPDATE = 512
-
 
 class LocalModel(nn.Module):
     """A model whose units each learn from their own exit's loss; made by `localexit.attach`.
@@ -170,7 +167,6 @@ class LocalModel(nn.Module):
         # Not traced, so that the error is the caller's and not one that the compiler catches to go on without it.
         self._refuse_compilation = torch.compiler.disable(_refuse_compilation)
         self._takes = frozenset(name for name in ("use_cache", "output_router_logits") if accepts(model, name))
-        self._num_forwards = 0
         # Tokens since the last update(): draws belong to (seed, step, exit, row), and the next forward's rows follow.
         self.rows_since_update = 0
         self._is_synced = True
@@ -489,12 +485,12 @@ class LocalModel(nn.Module):
 
         Micro-batches of a step count as one batch: the mirror learns from the pairs that it would have chosen there.
         """
-        self._num_forwards = self.rows_since_update = 0
+        self.rows_since_update = 0
         self.feedback.update()
 
     def discard(self) -> None:
         """Call instead of `update()` when a batch is left out: the rule neither learns from it nor counts it."""
-        self._num_forwards = self.rows_since_update = 0
+        self.rows_since_update = 0
         self.feedback.discard()
 
     @contextmanager
@@ -605,13 +601,7 @@ class LocalModel(nn.Module):
         num_rows, rank, size = target.numel(), *((0, 1) if ranks is None else (ranks.rank, ranks.size))
         first_row = self.rows_since_update + rank * num_rows
         self.rows_since_update += size * num_rows
-        self._num_forwards += 1
-        if self._num_forwards == _FORWARDS_WITHOUT_UPDATE:
-            warnings.warn(
-                f"{_FORWARDS_WITHOUT_UPDATE} training forwards without update(); call it once after every optimiser "
-                f"step: feedback {self.feedback.name!r} learns and changes its draws only there",
-                stacklevel=2,
-            )
+        self.feedback.note_forward()
         return first_row
 
     def _gradient_average(self) -> GradientAverage | None:
