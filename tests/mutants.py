@@ -87,7 +87,11 @@ ROOM_TESTS: dict[str, list[str]] = {
 # Tests of a file besides those of its name.
 FILE_TESTS: dict[str, list[str]] = {
     "exits/chunked.py": _files("exits", "filtered", "ranks"),
-    "exits/functional.py": [*_OPERATORS, *_files("exits", "chunked", "ranks", "vocab"), *_files("feedback", "mirror")],
+    "exits/functional.py": [
+        *_OPERATORS,
+        *_files("exits", "backends", "chunked", "ranks", "vocab"),
+        *_files("feedback", "mirror"),
+    ],
     "exits/head_operators.py": [*_OPERATORS, "tests/exits/test_operators.py::TestOpcheck::test_exit_logits"],
     "exits/operators.py": [
         *_OPERATORS,

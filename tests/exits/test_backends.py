@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from localexit import exit_cross_entropy, make_feedback
-from localexit.exits import backends
+from localexit import exit_cross_entropy, exit_step, make_feedback
+from localexit.exits import backends, functional
 from localexit.exits.backends import choose_backend, triton_refusal
 from localexit.exits.loss import LossOptions
 
@@ -63,6 +63,23 @@ def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     assert choose_backend("auto", **arguments()) == "torch"
     with pytest.raises(ValueError, match=r"install localexit\[gpu\]; pass backend='auto' or 'torch'"):
         choose_backend("triton", **arguments())
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_what_is_asked_for_is_what_the_choice_gets(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU as here: only shards have no kernels."""
+    asked = []
+
+    def watched(asked_for: Any, **options: Any) -> str:
+        asked.append(asked_for)
+        return choose_backend(asked_for, **options)
+
+    monkeypatch.setattr(functional, "choose_backend", watched)
+    exit_step(
+        torch.randn(3, 8), torch.randn(32, 8), torch.tensor([1, 2, 3]), feedback=make_feedback("dense", 8, 32),
+        backend=backend,
+    )  # fmt: skip
+    assert asked == [backend]
 
 
 def test_the_stats_name_the_backend() -> None:

@@ -83,6 +83,32 @@ def test_tiles_by_default(device: str, num_rows: int, hidden_bytes: int, expecte
     assert _tile_columns(num_rows, 4, hidden) == expected
 
 
+@pytest.mark.parametrize(
+    ("is_cuda", "compute_dtype", "expected"),
+    [
+        (True, torch.bfloat16, torch.bfloat16),
+        (True, torch.float16, torch.float32),
+        (True, torch.float32, torch.float32),
+        (False, torch.bfloat16, torch.float32),
+        (False, torch.float64, torch.float64),
+    ],
+)
+def test_the_dtype_of_products_with_the_error(is_cuda: bool, compute_dtype: torch.dtype, expected: torch.dtype) -> None:
+    """A GPU sums those of bf16 in fp32; fp16 cannot hold errors of a mean over many tokens."""
+    asked: Any = SimpleNamespace(hidden=SimpleNamespace(is_cuda=is_cuda), compute_dtype=compute_dtype)
+    assert PLAIN.value_dtype(asked) == expected
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_feedback_in_fp16_waits_in_fp32_for_the_factor_from_above(dtype: torch.dtype, expected: torch.dtype) -> None:
+    inputs = make_inputs(7, 9, 40)
+    tensors = {"hidden": inputs.hidden.to(dtype), "weight": inputs.weight.to(dtype), "compute_dtype": dtype}
+    result = run_exit(call("dense", **tensors, row_weight=torch.full((7,), 1e-9)))
+    assert result.feedback is not None
+    assert result.feedback.dtype == expected
+    assert result.feedback.any(dim=1).all()
+
+
 def in_fp32(total: torch.Tensor | None, values: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
     """What a GPU's product of bf16 adds to a sum in fp32."""
     return values.T @ scaled if total is None else total.addmm_(values.T.to(total.dtype), scaled.to(total.dtype))

@@ -98,6 +98,16 @@ def test_a_heads_seed_is_its_rules() -> None:
     assert not torch.equal(one.feedback.codebook, other.feedback.codebook)
 
 
+@pytest.mark.parametrize("mode", ["dense", "hybrid"])
+def test_a_drop_in_head_is_converted_with_its_codes_and_keeps_its_gain(mode: Any) -> None:
+    head = FactorizedExitHead(WIDTH, VOCAB, mode=mode, rank=6, rank_exact=2, topk=3, alpha_init=0.3).bfloat16()
+    dtypes = {name: buffer.dtype for name, buffer in head.named_buffers() if buffer.is_floating_point()}
+    assert dtypes.pop("alpha") == torch.float32
+    assert float(head.alpha) == pytest.approx(0.3)
+    assert len(dtypes) > 1
+    assert set(dtypes.values()) == {torch.bfloat16}
+
+
 def test_repr_of_a_head() -> None:
     assert "9, 40, reduction='sum', softcap=3.0" in repr(made_head("dense", reduction="sum", softcap=3.0))
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from helpers.budget import assert_close
@@ -271,6 +272,14 @@ def test_no_option_is_out_of_range() -> None:
         shared_rule(num_anchors=0)
     with pytest.raises(ValueError, match="ridge"):
         shared_rule(ridge=-1.0)
+
+
+def test_the_parts_of_the_anchors_logits_are_of_256_mebibytes() -> None:
+    with FakeTensorMode(), Largest() as made:
+        rule, hidden, weight = shared_rule(), torch.empty(4096, 8), torch.empty(2**15, 8)
+        made.num_bytes = 0
+        measured_rows(rule, hidden, torch.ones(4096, dtype=torch.bool), weight)
+    assert made.num_bytes == 256 * 2**20
 
 
 def test_no_tensor_of_all_anchors_logits(monkeypatch: pytest.MonkeyPatch) -> None:
