@@ -102,6 +102,7 @@ def test_a_step_ends(end: str) -> None:
     run(first, rule)
     getattr(rule, end)()
     assert rule.measured is None
+    assert int(rule.step) == (end == "update")
     assert_close(run(second, rule).feedback, error_of(second) @ naive_rows(second, rule), tolerance=1e-9)
 
 
@@ -119,7 +120,8 @@ def test_a_rule_that_is_moved_measures_anew() -> None:
     run(make_inputs(25, WIDTH, VOCAB), rule)
     rule.to("meta")
     assert rule.measured is None
-    assert all(rows.is_meta for rows in rule.state(torch.empty(0)))
+    (rows,) = rule.state(torch.empty(0))
+    assert (rows.shape, rows.is_meta) == ((0, WIDTH), True)
 
 
 def test_a_copy_has_rows_of_its_own() -> None:
@@ -280,15 +282,3 @@ def test_the_parts_of_the_anchors_logits_are_of_256_mebibytes() -> None:
         made.num_bytes = 0
         measured_rows(rule, hidden, torch.ones(4096, dtype=torch.bool), weight)
     assert made.num_bytes == 256 * 2**20
-
-
-def test_no_tensor_of_all_anchors_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """128 anchors of 20,000 words, 1,250 words at a time."""
-    monkeypatch.setattr("localexit.exits.pairs._LOGIT_BYTES", 4 * 128 * 1250)
-    hidden, weight = torch.randn(128, 8), torch.randn(20_000, 8)
-    rule = make_feedback("anchors_shared", 8, 20_000, num_anchors=128)
-    assert isinstance(rule, SharedAnchors)
-    with Largest() as made:
-        measured_rows(rule, hidden, torch.ones(128, dtype=torch.bool), weight)
-    # The anchors' logits, which are as large as the rows.
-    assert made.num_bytes == 4 * 128 * 1250 == weight.nbytes
