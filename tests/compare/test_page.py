@@ -12,7 +12,7 @@ from matplotlib.text import Text
 
 from compare.made_up import BASE, cell
 from localexit.compare.cells import Cell
-from localexit.compare.charts import budget_chart, group_charts
+from localexit.compare.charts import budget_chart, group_charts, ladder_chart
 from localexit.compare.page import write_page
 from localexit.compare.results import budgets, groups, ladder
 
@@ -130,6 +130,9 @@ def test_ladder() -> None:
     assert [point.flops for point in found.points["transport"]] == pytest.approx([1.28e9, 5.12e9, 2.048e10])
     assert [point.loss for point in found.points["transport"]] == pytest.approx([4, 4 * 4**-0.1, 4 * 16**-0.1])
     assert ladder(CELLS) is None
+    # Losses from 3.03 to 4, with a margin, on a logarithmic axis, whose own ticks would be powers of ten.
+    axes = ladder_chart(found).figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["3", "3.2", "3.4", "3.6", "3.8", "4"]
 
 
 def test_seeds_of_one_size_do_not_narrow_the_interval_of_a_slope() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from local.decoders import VOCAB, WIDTH, PlainDecoder, batch, build, count_hooks, gradients
 from local.rules import attached, rule
 from localexit.feedback import make_feedback
-from localexit.local import LocalOutput, attach
+from localexit.inference.decoder import Decoder
+from localexit.integrations.trainer import LocalCallback
+from localexit.local import LocalOutput, StepInBackward, attach, compile_units, save_exits
 from localexit.local.graph import _shortened
+from localexit.measure import diagnose
 
 MODES = ("deferred", "stream")
 
@@ -37,6 +41,8 @@ def test_parallel_rules_warn_about_a_scale_invariant_norm(rule_name: str) -> Non
         ({"exit_norm": nn.Linear(WIDTH, 5)}, ValueError, "exit_norm gives D=5"),
         ({"exit_norm": nn.LayerNorm(WIDTH), "exits": [-1]}, ValueError, "the last is the only exit"),
         ({"backward": "now"}, ValueError, "backward must be one of 'deferred', 'stream', 'joint', 'direct', got 'now'"),
+        ({"exit_weights": "abc"}, TypeError, "exit_weights must be 3 positive numbers, one per exit, got 'abc'"),
+        ({"schedule": {"token_share": 0.5}}, TypeError, "schedule must be a localexit.ExitSchedule, got dict"),
         ({"exit_weights": (1.0, 2.0)}, ValueError, "exit_weights must be 3 positive numbers"),
         ({"exit_weights": (1.0, 0.0, 2.0)}, ValueError, "exit_weights must be 3 positive numbers"),
         ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be in"),
@@ -255,3 +261,43 @@ def test_parts_may_be_wrapped_after_attach() -> None:
     model.model.norm = nn.Sequential(model.model.norm)
     for _ in range(2):
         assert torch.equal(local(*batch()).exit_losses, expected)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: save_exits(model, "folder"),
+        compile_units,
+        lambda model: StepInBackward(model, torch.optim.SGD(model.parameters(), lr=0.1)),
+        lambda model: diagnose(model, batch()[0]),
+        lambda model: Decoder(model, [1, 2]),
+        LocalCallback,
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel])
+def test_what_takes_an_attached_model_refuses_others(
+    use: Callable[[Any], object], wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = wrap(build("llama"))
+    with pytest.raises(TypeError, match=rf"the LocalModel that attach\(\) returned, got {type(model).__name__}"):
+        use(model)
+
+
+def test_exits_are_named_by_integers() -> None:
+    local = attached(build("llama"))
+    for exit_index in (0.5, "last", True):
+        with pytest.raises(TypeError, match="exit must be an integer, got"):
+            local.exit_logits(exit_index, batch()[0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [("text", "ids must be an integer, got 't'"), (torch.ones(1, 2).long(), r"ids must be an integer, got \[1, 1\]")],
+)
+def test_a_text_is_token_ids(ids: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Decoder(attached(build("llama")), ids)
+
+
+def test_a_text_may_be_a_tensor() -> None:
+    assert Decoder(attached(build("llama")), torch.tensor([3, 4])).ids == [3, 4]

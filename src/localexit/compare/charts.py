@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from localexit.compare.cells import Cell
 from localexit.compare.results import Group, Ladder, Row
@@ -262,8 +262,11 @@ def ladder_chart(ladder: Ladder) -> Chart:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
     losses = np.concatenate([curve.y for curve in curves])
-    ticks = np.linspace(losses.min(), losses.max(), 6).round(2)
-    axes.set_yticks(ticks, [number(float(tick), 2) for tick in ticks])
+    # A logarithmic locator has powers of ten and hardly anything between 2 and 6.
+    ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(losses.min(), losses.max())
+    low, high = axes.get_ylim()
+    shown = [float(tick) for tick in ticks if low <= tick <= high]
+    axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
     axes.set_xlabel("FLOP of the training, in matrix products")
     label_ends(axes, curves)
     return rendered(

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localexit import _values
 from localexit.inference.architecture import longest_context, model_config
 from localexit.inference.cache import TextCache
 from localexit.local import LocalModel
 from localexit.local.discover import TOLERANCE
+from localexit.local.model import check_attached
 from localexit.local.trace import accepts, cache_argument, random_ids
 
 
@@ -38,11 +40,15 @@ class Decoder:
         ids: the text.
         limit: most tokens the model takes.
         num_block_tokens: tokens read so far, counted once for each block that read them.
+
+    Raises:
+        TypeError: `local` is not attached, or `ids` are not integers.
     """
 
     def __init__(
         self, local: LocalModel, ids: Iterable[int], *, limit: int | None = None, use_cache: bool = True
     ) -> None:
+        check_attached(local)
         self.local = local
         self.limit = limit or longest_context(model_config(local)) or sys.maxsize
         self.num_block_tokens = 0
@@ -62,8 +68,9 @@ class Decoder:
         return self.limit - len(self.ids)
 
     def restart(self, ids: Iterable[int]) -> None:
-        """Begin another text."""
-        self.ids = list(ids)[-self.limit :]
+        """Begin another text; a tensor of ids has one dimension."""
+        tokens = ids.tolist() if isinstance(ids, Tensor) else ids
+        self.ids = [_values.integer("ids", token) for token in tokens][-self.limit :]
         self._forget()
 
     def append(self, token: int) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from localexit.local import LocalModel, restore_exits, save_exits
+from localexit.local.in_backward import left_out
+from localexit.local.model import check_attached
 
 
 class LocalCallback(TrainerCallback):
@@ -24,9 +26,13 @@ class LocalCallback(TrainerCallback):
     Args:
         local: the model that Trainer trains, attached with backward="deferred".
         max_grad_norm: largest norm of the gradient of each unit, and of what units share; None does not clip.
+
+    Raises:
+        TypeError: `local` is not attached.
     """
 
     def __init__(self, local: LocalModel, *, max_grad_norm: float | None = 1.0) -> None:
+        check_attached(local)
         self.local = local
         self.max_grad_norm = max_grad_norm
 
@@ -75,8 +81,7 @@ class LocalCallback(TrainerCallback):
             )
         if args.fp16 and self.max_grad_norm is not None:
             raise ValueError("fp16: its gradients are scaled when units are clipped; use bf16, or max_grad_norm=None")
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [name for name, p in self.local.named_parameters() if p.requires_grad and id(p) not in trained]
+        missing = left_out(optimizer, self.local)
         if missing:
             raise ValueError(
                 f"optimizers: expected one over local.parameters(), but {missing[0]} is in none; pass "

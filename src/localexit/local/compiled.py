@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from localexit.local.model import LocalModel
+from localexit.local.model import LocalModel, check_attached
 
 
 def compile_units(local: LocalModel, *, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -35,7 +35,9 @@ def compile_units(local: LocalModel, *, backend: str | Callable[..., Any] = "ind
     Raises:
         ValueError: the backend does not work on this machine (it needs a C++ compiler, on a GPU Triton too), or the
             forward of a module has been replaced, by an earlier call of this function for one.
+        TypeError: `local` is not attached.
     """
+    check_attached(local)
     _check_works(backend, local.unembedding.weight.device)
     modules = dict.fromkeys(map(_inner, (*local.blocks, *(m for exit_ in local.exits for m in exit_.modules))))
     for module in modules:

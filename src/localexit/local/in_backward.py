@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from localexit import _checks
-from localexit.local.model import LocalModel
+from localexit.local.model import LocalModel, check_attached
 from localexit.local.sharding import clip_grad_norm_
 
 
@@ -36,9 +36,11 @@ class StepInBackward:
     Raises:
         ValueError: gradients are made in another way, or are not whole after a unit's backward; the optimiser lacks
             parameters that would get gradients, which nobody would free; or `max_norm` is not positive.
+        TypeError: `local` is not attached.
     """
 
     def __init__(self, local: LocalModel, optimizer: torch.optim.Optimizer, *, max_norm: float | None = None) -> None:
+        check_attached(local)
         if local.backward_mode != "stream":
             raise ValueError(
                 f"steps in the backward need units whose backward runs one after the other: expected a model attached "
@@ -100,12 +102,17 @@ class StepInBackward:
         return torch.stack([norm.to(shared_norm.device) for norm in (*per_unit, shared_norm)])
 
 
-def _check_has_all(optimizer: torch.optim.Optimizer, local: LocalModel) -> None:
+def left_out(optimizer: torch.optim.Optimizer, local: LocalModel) -> list[str]:
+    """Names of the parameters that require a gradient and are not in the optimiser."""
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    left_out = [name for name, p in local.named_parameters() if p.requires_grad and id(p) not in stepped]
-    if left_out:
+    return [name for name, p in local.named_parameters() if p.requires_grad and id(p) not in stepped]
+
+
+def _check_has_all(optimizer: torch.optim.Optimizer, local: LocalModel) -> None:
+    missing = left_out(optimizer, local)
+    if missing:
         raise ValueError(
-            f"optimizer must hold every parameter of the attached model that requires a gradient, but {len(left_out)} "
-            f"are not in it, the first is {left_out[0]}; pass local.parameters(), or freeze what is not to be trained "
+            f"optimizer must hold every parameter of the attached model that requires a gradient, but {len(missing)} "
+            f"are not in it, the first is {missing[0]}; pass local.parameters(), or freeze what is not to be trained "
             f"with requires_grad_(False)"
         )

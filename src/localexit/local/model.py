@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from localexit import _checks
 from localexit.exits.ranks import DataParallel, VocabParallel
 from localexit.local.average import GradientAverage, averaged_here
 from localexit.local.batch import Batch, num_targets, shifted, shifted_weight
@@ -252,7 +253,9 @@ class LocalModel(nn.Module):
 
         Raises:
             ValueError: there is no such exit.
+            TypeError: not an integer.
         """
+        _checks.integer("exit", exit_index)
         if not -self.num_exits <= exit_index < self.num_exits:
             raise ValueError(f"exit must be in {-self.num_exits}..{self.num_exits - 1}, got {exit_index}")
         return exit_index % self.num_exits
@@ -646,6 +649,16 @@ class LocalModel(nn.Module):
         if self._hooks is None:
             raise RuntimeError("this LocalModel was removed from its model; attach again")
         return self._hooks
+
+
+def check_attached(local: object) -> None:
+    """For what takes an attached model.
+
+    Raises:
+        TypeError: it is something else: the model itself, for one, or a wrapper around it.
+    """
+    if not isinstance(local, LocalModel):
+        raise TypeError(f"local must be the LocalModel that attach() returned, got {type(local).__name__}; pass that")
 
 
 def _watched(output: Any) -> Any:

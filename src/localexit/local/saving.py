@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from localexit.feedback import RULES, Feedback, make_feedback, rule_options
 from localexit.local.attach import attach
-from localexit.local.model import LocalModel
+from localexit.local.model import LocalModel, check_attached
 from localexit.local.schedule import ExitSchedule
 
 EXITS_FILE = "exits.safetensors"
@@ -34,7 +34,11 @@ def save_exits(local: LocalModel, folder: str | Path) -> Path:
     Returns:
         The file. Its tensors are the exits' norms and bodies that are not part of the model, and the rule's state; its
         metadata has the arguments of `attach`.
+
+    Raises:
+        TypeError: `local` is not attached.
     """
+    check_attached(local)
     local.refuse_vocab_parallel("save_exits()")
     path = Path(folder) / EXITS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)

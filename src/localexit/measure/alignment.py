@@ -26,6 +26,7 @@ from localexit.local import LocalModel
 from localexit.local.batch import IGNORE_INDEX, num_targets, shifted
 from localexit.local.bodies import BlockCall
 from localexit.local.exits import Exit
+from localexit.local.model import check_attached
 from localexit.local.steps import Step
 
 _ROWS_AT_A_TIME = 1024
@@ -116,9 +117,11 @@ class Diagnostician:
 
     Raises:
         ValueError: the model is a control that is not local.
+        TypeError: `local` is not attached.
     """
 
     def __init__(self, local: LocalModel) -> None:
+        check_attached(local)
         if local.backward_mode not in ("deferred", "stream"):
             raise ValueError(
                 f"local was attached with backward={local.backward_mode!r}, where exits do not train their own units; "
