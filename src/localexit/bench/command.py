@@ -25,7 +25,7 @@ from .timing import Say
 from .updates import measure_updates
 
 _MIRRORS = ("mirror_sampled:storage=fp32", "mirror_sampled:storage=bf16")
-_SHARED_RULES = ("anchors", "dense", "sketch", "hybrid", "mirror_sampled", "transport_sampled")
+_SHARED_RULES = ("anchors", "anchors_shared", "dense", "sketch", "hybrid", "mirror_sampled", "transport_sampled")
 
 
 def run_bench(config: BenchConfig) -> str:
