@@ -123,6 +123,7 @@ CASES: list[tuple[str, list[str]]] = [
     ("train --exit-weights 1 1 1 nan --data text", ["exit_weights must be 4 positive numbers", "nan"]),
     ("train --exits-per-step 5 --data text", ["exits_per_step must be at most 4", "5"]),
     # Models, devices, texts.
+    ("train --model damaged --data text", ["model", "damaged", "is a run", "'damaged/model'"]),
     ("train --model notes --data text", ["model", "notes", "its tokenizer could not be loaded", "save_pretrained"]),
     ("train --model enormous", ["model", "enormous", "demo"]),
     ("train --model ./nowhere", ["model", "./nowhere"]),

@@ -318,6 +318,15 @@ def exit_step(
 
     For several exits that share one unembedding: they share one accumulator, and no [V, D] tensor is made an exit.
 
+    >>> from localexit import make_feedback
+    >>> inputs, layer, weight = torch.randn(3, 8), torch.nn.Linear(8, 8), torch.randn(50, 8)
+    >>> rule, grad_weight = make_feedback("anchors", hidden_size=8, vocab_size=50), torch.zeros(50, 8)
+    >>> hidden = layer(inputs)
+    >>> step = exit_step(hidden, weight, torch.tensor([4, 1, 7]), feedback=rule, grad_weight=grad_weight)
+    >>> hidden.backward(step.feedback)
+    >>> bool(layer.weight.grad.any()), bool(grad_weight.any())
+    (True, True)
+
     Args:
         input, linear_weight, target, feedback, linear_bias, token_weight, reduction, ignore_index, label_smoothing,
             z_loss, softcap, num_items, backend, return_stats, exit_index, first_row, preset, weight_grad, chunk_bytes,

@@ -38,12 +38,17 @@ def resolve_name(name: str) -> str:
     """A model's name as everything that loads it takes it: a preset, the path of a folder without `~`, or a hub name.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is none of them, or the folder of a run, whose model is in a folder of its own.
     """
     if name in PRESETS:
         return name
     # Not `Path.expanduser`, which raises for an unknown user.
     path = os.path.expanduser(name)  # noqa: PTH111
+    if (Path(path) / "metrics.jsonl").is_file():
+        raise ValueError(
+            f"model: expected the folder of a model, got {name!r}, which is a run; its model is in "
+            f"{str(Path(path) / 'model')!r}"
+        )
     if Path(path).is_dir():
         return path
     if name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~")):
