@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -127,7 +127,18 @@ def tune(setting: str, paths: Sequence[Path]) -> None:
     """Put the best settings of sweeps into tuned.json."""
     values = json.loads(TUNED.read_text(encoding="utf-8"))
     values[setting] |= best_settings([cell for path in paths for cell in read_cells(path)])
-    TUNED.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    TUNED.write_text(tuned_text(values), encoding="utf-8")
+
+
+def tuned_text(values: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """JSON with a line for each method, which differences of versions show best."""
+    settings = [
+        f"  {json.dumps(setting)}: {{\n"
+        + ",\n".join(f"    {json.dumps(name)}: {json.dumps(of[name], sort_keys=True)}" for name in sorted(of))
+        + "\n  }"
+        for setting, of in values.items()
+    ]
+    return "{\n" + ",\n".join(settings) + "\n}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -340,7 +340,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "frozen" in printed
     assert cli.run([*command, "--output", str(tmp_path)]) == 0
     assert "2 cells, 0 to be trained" in capsys.readouterr().out
-    assert cli.run([*command, "--output", str(tmp_path / "no-time"), "--max-minutes", "0"]) == 2
+    assert cli.run([*command, "--output", str(tmp_path / "no-time"), "--max-minutes", "1e-9"]) == 2
     assert "with more --max-minutes" in capsys.readouterr().err
     merged = [*command, "--output", str(tmp_path / "merged"), "--merge", str(tmp_path), "--no-train"]
     assert cli.run(merged) == 0

@@ -253,3 +253,11 @@ def test_the_page_names_every_preset_and_control() -> None:
     text = section((ROOT / "docs/results.md").read_text(encoding="utf-8"), "How it is measured")
     for name in (*PLANS, *CONTROLS):
         assert f"| `{name}` |" in text
+
+
+def test_the_committed_settings_are_those_of_the_sweep(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed = script.TUNED.read_text(encoding="utf-8")
+    written: list[str] = []
+    monkeypatch.setattr(Path, "write_text", lambda _path, text, **_: written.append(text))
+    script.main(["--tune", "b0", str(script.ROOT / "benchmarks/results/b0-sweep.jsonl")])
+    assert written == [committed]

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from localexit.report.drawing import WIDE, Chart, Curve, draw, label_ends, rendered, scale_log
-from localexit.report.text import compact
 from localexit.report.theme import FAINT, MUTED, Color, canvas, drawable, figure_style, run_style
 
 from .shapes import Shape
@@ -143,5 +142,5 @@ def _scale_sizes(axes: Axes, values: Any, label: str) -> None:
     axes.set_xlim(values.min() / 1.1, values.max() * 1.1)
     axes.xaxis.set_major_locator(FixedLocator(values))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel(label)
