@@ -355,6 +355,11 @@ HEAD_CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "exit_head_feedback_type": (lambda: ExitHead(D, V, feedback=3), TypeError, "feedback must be a Feedback module"),  # type: ignore[arg-type]
     "exit_head_sizes": (lambda: ExitHead(D, V, feedback=make_feedback("dense", 9, V)), ValueError, "was made for"),
     "exit_head_weight": (lambda: ExitHead(D, V, weight=torch.nn.Parameter(tensor(V, 9))), ValueError, "weight must be"),
+    "exit_head_weight_dtype": (
+        lambda: ExitHead(D, V, weight=torch.nn.Parameter(tensor(V, D).long(), requires_grad=False)),
+        TypeError,
+        "weight must have one of the dtypes",
+    ),
     "exit_head_weight_type": (lambda: ExitHead(D, V, weight="tied"), TypeError, "weight must be an nn.Parameter"),  # type: ignore[arg-type]
     "exit_head_reduction": (lambda: ExitHead(D, V, reduction="avg"), ValueError, "reduction must be one of"),  # type: ignore[arg-type]
     "exit_head_backend": (lambda: ExitHead(D, V, backend="cuda"), ValueError, "backend must be one of"),  # type: ignore[arg-type]

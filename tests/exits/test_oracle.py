@@ -340,6 +340,7 @@ def test_statistics(options: dict[str, float]) -> None:
     )
     for key in ("lse", "log_prob", "entropy"):
         assert_close(getattr(stats, key), getattr(truth, key))
+    assert_close(truth.row_loss.sum() / 5, truth.loss)
     assert torch.equal(stats.argmax, truth.argmax)
     assert torch.equal(stats.is_correct, (truth.argmax == inputs.target))
     assert (int(stats.num_tokens), int(stats.num_anchors)) == (5, 4)

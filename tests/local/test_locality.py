@@ -222,3 +222,22 @@ class LateValues(PlainDecoder):
 def test_parameters_that_only_later_units_use_are_reported() -> None:
     with pytest.warns(UserWarning, match=r"late reach blocks\.2 or a later block of its unit"):
         attached(LateValues().double())(*batch())
+
+
+class LateInput(PlainDecoder):
+    """One block gets something that the caller learns, and no earlier block uses."""
+
+    def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+        hidden = self.embed(tokens)
+        for index, block in enumerate(self.blocks):
+            hidden = block(hidden, prompt if index == 2 and prompt is not None else self.decay)
+        return self.head(self.norm(hidden))
+
+
+def test_an_input_with_a_gradient_is_no_parameter_of_the_model() -> None:
+    """It is detached like all that comes to a later unit, and nobody is told of a parameter."""
+    ids, labels = batch()
+    prompt = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    local = attached(LateInput().double(), backward="stream")
+    local(ids, labels, prompt=prompt)
+    assert prompt.grad is None
