@@ -227,7 +227,7 @@ def feedback_fits(feedback: Any, hidden: Tensor, weight: Tensor) -> None:
     if feedback.step.device != hidden.device:
         raise ValueError(
             f"feedback {feedback.name!r} is on {feedback.step.device} but input is on {hidden.device}; move it with "
-            f"feedback.to(device)"
+            f"feedback.to(device), or an attached model as a whole: local.to(device)"
         )
 
 

@@ -102,6 +102,18 @@ def test_trainer_takes_the_steps_of_an_explicit_loop(tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("event", ["on_init_end", "on_train_begin"])
+def test_rule_and_exits_follow_the_model_to_its_device(event: str, tmp_path: Path) -> None:
+    """Trainer moves the model that it is given, to a GPU where there is one, and knows nothing of the exits."""
+    local = local_model()
+    trainer = trainer_of(local, tmp_path)
+    local.model.to("meta")
+    optimizer = torch.optim.AdamW(local.parameters())
+    callback = LocalCallback(local)
+    getattr(callback, event)(trainer.args, trainer.state, trainer.control, optimizer=optimizer)
+    assert {tensor.device.type for tensor in (*local.parameters(), *local.buffers())} == {"meta"}
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     whole = local_model()
     trainer_of(whole, tmp_path / "whole").train()

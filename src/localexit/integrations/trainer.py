@@ -36,6 +36,10 @@ class LocalCallback(TrainerCallback):
         self.local = local
         self.max_grad_norm = max_grad_norm
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Trainer has moved the model to its device: the rule and what exits have of their own follow."""
+        self._follow_model()
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -45,6 +49,7 @@ class LocalCallback(TrainerCallback):
             ValueError: so it is, or the checkpoint has no exits.
         """
         self._check(args, kwargs["optimizer"])
+        self._follow_model()
         if state.global_step:
             restore_exits(self.local, _checkpoint(args, state))
 
@@ -67,6 +72,9 @@ class LocalCallback(TrainerCallback):
         """Write the exits beside the model."""
         if state.is_world_process_zero:
             save_exits(self.local, _checkpoint(args, state))
+
+    def _follow_model(self) -> None:
+        self.local.to(self.local.unembedding.weight.device)
 
     def _check(self, args: TrainingArguments, optimizer: Any) -> None:
         if self.local.backward_mode != "deferred":
