@@ -13,7 +13,7 @@ from helpers.ranks import run_ranks
 from local.decoders import CONTEXT, build, count_hooks
 from local.rules import RULES, attached
 from local.test_data_parallel import EXACT, batches
-from localexit import LocalModel, Pipeline
+from localexit import ExitSchedule, LocalModel, Pipeline
 
 NUM_BLOCKS = 5
 
@@ -74,11 +74,19 @@ def check(name: str, num_ranks: int, *, num_microbatches: int = 4, num_steps: in
     expected = alone(name, num_microbatches, num_steps, options)
     for tensors in run_ranks(on_stages, num_ranks, name, num_microbatches, num_steps, options):
         for key, tensor in expected.items():
-            torch.testing.assert_close(tensors[key], tensor, **EXACT, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(
+                tensors[key], tensor, **EXACT, equal_nan=True, msg=lambda text, key=key: f"{key}: {text}"
+            )
 
 
 def test_two_stages_train_like_one_process() -> None:
     check("mirror_sampled", 2)
+
+
+@pytest.mark.parametrize("name", ["mirror_sampled", "anchors_shared"])
+def test_a_stage_may_have_no_exit_that_takes_part(name: str) -> None:
+    """One exit a step: it is in one of the two stages, and the units of the other pass their hidden states on."""
+    check(name, 2, num_steps=4, schedule=ExitSchedule(exits_per_step=1))
 
 
 @pytest.mark.parametrize(("num_ranks", "num_frozen"), [(2, 0), (3, 1), (3, 3)])

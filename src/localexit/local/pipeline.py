@@ -89,7 +89,7 @@ class Pipeline:
             num_items: what the summed loss is divided by; by default the number of labels that count.
 
         Returns:
-            [num_exits], every exit's loss over the batch, on all ranks.
+            [num_exits], every exit's loss over the batch, on all ranks; NaN for exits that sat the step out.
 
         Raises:
             ValueError: the rows cannot be shared equally among micro-batches.
