@@ -24,7 +24,7 @@ from results_parts.found import ROOT, plain_group
 
 TUNED = ROOT / "src" / "localexit" / "compare" / "tuned.json"
 # Setting, model and steps behind the columns A and B of the README and of docs/rules.md.
-COLUMNS = {"A": ("b0", "mini", 400), "B": ("b1", "small", 400)}
+COLUMNS = {"A": ("b0", "mini", 400), "B": ("b1-packages", "small", 400)}
 # What may stand between the marks: a block of its own lines, or a number in the middle of one.
 PARTS: dict[str, Callable[..., str]] = {
     "results": tables.results,
@@ -109,7 +109,7 @@ def rule_columns(*, with_options: bool) -> dict[str, dict[str, str]]:
 
 def told_shortly(row: Row) -> str:
     """The difference to exact local exits as one number."""
-    return "0" if row.to_exact is None else f"{row.to_exact.mean:+.3f}"
+    return "0" if row.to_exact is None else f"{round(row.to_exact.mean, 3) + 0.0:+.3f}"
 
 
 def pages() -> dict[Path, str]:
