@@ -112,6 +112,7 @@ FILE_TESTS: dict[str, list[str]] = {
     "local/graph.py": _files("local", "locality"),
     "local/hooks.py": [
         *_files("local", "inference", "exit_block", "schedule", "data_parallel", "locality"),
+        "tests/local/test_router.py::test_every_unit_learns_from_its_own_routers",
         "tests/inference/test_decoding.py",
     ],
     "local/model.py": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -241,3 +242,18 @@ def test_an_input_with_a_gradient_is_no_parameter_of_the_model() -> None:
     local = attached(LateInput().double(), backward="stream")
     local(ids, labels, prompt=prompt)
     assert prompt.grad is None
+
+
+def test_units_are_checked_in_their_first_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+
+    def watched(graph: UnitGraph, hidden: Tensor, blocks: Sequence[tuple[str, nn.Module]]) -> None:
+        checked.append([name for name, _ in blocks])
+        check(graph, hidden, blocks)
+
+    check = UnitGraph.check
+    monkeypatch.setattr(UnitGraph, "check", watched)
+    local = attached(build("plain"))
+    for _ in range(2):
+        local(*batch())
+    assert checked == [["blocks.0"], ["blocks.1"], ["blocks.2"]]
