@@ -108,7 +108,10 @@ FILE_TESTS: dict[str, list[str]] = {
     "local/bodies.py": _files("local", "exit_body", "exit_block"),
     "local/controls.py": ["tests/local/test_router.py::test_routers_learn_from_their_loss_by_direct_feedback_too"],
     "local/discover.py": _files("local", "vocab_parallel"),
-    "local/exits.py": _files("local", "exit_body", "saving"),
+    "local/exits.py": [
+        *_files("local", "exit_body", "saving"),
+        "tests/local/test_exit_block.py::test_exits_count_the_blocks_that_are_run_for_them_alone",
+    ],
     "local/graph.py": _files("local", "locality"),
     "local/hooks.py": [
         *_files("local", "inference", "exit_block", "schedule", "data_parallel", "locality"),
@@ -117,12 +120,17 @@ FILE_TESTS: dict[str, list[str]] = {
     ],
     "local/model.py": [
         *_files("local", "training", "inference", "schedule", "data_parallel", "pipeline", "in_backward"),
+        "tests/local/test_router.py::test_every_unit_learns_from_its_own_routers",
         "tests/inference/test_decoding.py",
     ],
+    "local/pipeline.py": ["tests/local/test_vocab_parallel.py::test_what_is_not_understood_is_refused"],
     "local/predict.py": [*_files("local", "inference"), "tests/inference/test_quality.py"],
     "local/saving.py": ["tests/local/test_vocab_parallel.py::test_what_is_not_understood_is_refused"],
     "local/sharding.py": _files("local", "data_parallel", "vocab_parallel"),
-    "local/steps.py": _files("local", "training", "router", "schedule", "inference"),
+    "local/steps.py": [
+        *_files("local", "training", "router", "schedule", "inference"),
+        "tests/local/test_data_parallel.py::test_two_ranks_train_like_one_process",
+    ],
     "local/trace.py": _files("local", "families"),
 }
 # Keywords that decide nothing on a CPU, or for parts that have one length, or where a warning points.

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import localexit
 from helpers.budget import assert_close
@@ -106,6 +107,20 @@ def test_a_drop_in_head_is_converted_with_its_codes_and_keeps_its_gain(mode: Any
     assert float(head.alpha) == pytest.approx(0.3)
     assert len(dtypes) > 1
     assert set(dtypes.values()) == {torch.bfloat16}
+
+
+def test_a_vocabulary_may_have_one_token() -> None:
+    error, target = torch.ones(2, 1), torch.zeros(2, dtype=torch.int64)
+    for compressor in (DenseRandomCompressor(1, 2), HybridTopKTailSketchCompressor(1, rank_exact=1, rank_tail=1)):
+        assert compressor.compress(error, target).shape == (2, 2)
+    for head in (FactorizedExitHead(4, 1, rank=2, rank_exact=1), ExactParallelExitHead(4, 1)):
+        assert head(torch.ones(2, 4), torch.ones(1, 4), target).tolist() == [[4], [4]]
+
+
+@pytest.mark.parametrize("head", [FactorizedExitHead(4, 9, rank=2, rank_exact=1), ExactParallelExitHead(4, 9)])
+def test_a_tangent_into_a_drop_in_head_is_refused(head: nn.Module) -> None:
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="^h carries a forward-mode tangent"):
+        head(forward_ad.make_dual(torch.ones(2, 4), torch.ones(2, 4)), torch.ones(9, 4), torch.tensor([1, 2]))
 
 
 def test_repr_of_a_head() -> None:

@@ -132,6 +132,16 @@ def test_evaluation_of_every_exit(name: str) -> None:
     assert not got.loss.requires_grad
 
 
+def test_a_run_of_units_reads_for_whom_it_is_asked() -> None:
+    ids, _ = batch()
+    local = attached(build("plain")).eval()
+    with torch.no_grad():
+        states, unread = local.run_units(0, 1, ids), local.run_units(0, 1, ids, reading=())
+    assert unread.read is None
+    assert torch.equal(unread.hidden, states.hidden)
+    assert torch.equal(local.logits_from(1, states.read), local.exit_logits(1, ids))
+
+
 def test_predictions_are_those_of_the_logits_at_every_exit() -> None:
     ids, labels = batch()
     local = attached(build("plain"))

@@ -160,6 +160,20 @@ def test_a_unit_that_would_not_train_is_refused() -> None:
         attached(model)(*batch())
 
 
+class Idle(Block):
+    """Has parameters and does not use them."""
+
+    def forward(self, hidden: Tensor, decay: Tensor) -> Tensor:
+        return 1.0 * hidden
+
+
+def test_a_block_of_a_unit_that_would_not_train_is_refused_too() -> None:
+    model = PlainDecoder(4).double()
+    model.blocks[3] = Idle(WIDTH).double()
+    with pytest.raises(ValueError, match=r"the exit after blocks\.3 would not train blocks\.3"):
+        attached(model, exits="every:2")(*batch())
+
+
 class ValueEmbeddings(PlainDecoder):
     """Hands every block a slice of one embedding, made anew for each: a different tensor every time."""
 

@@ -65,10 +65,11 @@ def test_a_shared_gradient_takes_no_second_copy_of_itself_unless_it_is_to_be_sca
     parameter = nn.Parameter(torch.zeros(3))
     parameter.grad = torch.ones(3)
     assert SharedGradient(parameter).total is parameter.grad
-    scaled = SharedGradient(parameter, factor=0.5)
-    scaled.total += 4
-    scaled.fold()
-    assert parameter.grad.tolist() == [3, 3, 3]
+    for factor, expected in ((0.5, [3, 3, 3]), (2.0, [11, 11, 11])):
+        scaled = SharedGradient(parameter, factor=factor)
+        scaled.total += 4
+        scaled.fold()
+        assert parameter.grad.tolist() == expected
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -200,21 +200,34 @@ def test_what_later_stages_use_of_the_first_is_all_that_they_are_sent() -> None:
     assert run_ranks(sent_before_a_step, 2) == [[1], [1]]
 
 
-def weights_apart() -> tuple[Tensor, Tensor]:
-    """The unembedding of each stage after two steps, not shared; and its feedback's step counter."""
+def weights_apart() -> tuple[Tensor, Tensor, Tensor]:
+    """The unembedding of each stage after two steps, not shared; its feedback's step counter; the gathered one."""
     stage = Pipeline(made("dense"), is_shared=False)
     optimizer = optimizer_of(stage.parameters())
     for ids, labels in batches(2):
         stage.step_gradients(ids, labels, num_microbatches=2)
         optimizer.step()
         stage.update()
-    return stage.local.unembedding.weight.detach(), stage.local.feedback.step
+    own = stage.local.unembedding.weight.detach().clone()
+    return own, stage.local.feedback.step, stage.gather().unembedding.weight.detach()
 
 
 def test_stages_may_have_their_own_unembedding() -> None:
-    (first, step), (second, _) = run_ranks(weights_apart, 2)
+    """The model that is gathered has the last stage's."""
+    (first, step, gathered), (second, _, same) = run_ranks(weights_apart, 2)
     assert int(step) == 2
     assert (first - second).abs().max() > 1e-3
+    assert torch.equal(gathered, second)
+    assert torch.equal(same, second)
+
+
+def test_shared_anchors_are_those_of_the_first_stage() -> None:
+    check("anchors_shared", 2, num_steps=2)
+
+
+def test_a_pipeline_needs_a_process_group() -> None:
+    with pytest.raises(ValueError, match="start the script with torchrun"):
+        Pipeline(made("dense"))
 
 
 def order_of_events() -> list[str]:

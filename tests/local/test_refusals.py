@@ -39,6 +39,7 @@ def test_parallel_rules_warn_about_a_scale_invariant_norm(rule_name: str) -> Non
         ({"exit_norm": "layer"}, ValueError, "exit_norm must be one of shared, copy, none, or a module, got 'layer'"),
         ({"exit_norm": None}, TypeError, "exit_norm must be one of .*got NoneType"),
         ({"exit_norm": nn.Linear(WIDTH, 5)}, ValueError, "exit_norm gives D=5"),
+        ({"exit_norm": nn.Linear(WIDTH, 5), "exits": [0, -1]}, ValueError, "exit_norm gives D=5"),
         ({"exit_norm": nn.LayerNorm(WIDTH), "exits": [-1]}, ValueError, "the last is the only exit"),
         ({"backward": "now"}, ValueError, "backward must be one of 'deferred', 'stream', 'joint', 'direct', got 'now'"),
         ({"exit_weights": "abc"}, TypeError, "exit_weights must be 3 positive numbers, one per exit, got 'abc'"),

@@ -70,6 +70,13 @@ def test_a_loss_scale_multiplies_the_routers_gradients_too() -> None:
         torch.testing.assert_close(scaled[name], 8 * grad)
 
 
+def test_shares_are_taken_in_fp32_of_logits_in_bf16() -> None:
+    logits = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    loss = load_balancing_loss([logits], 2)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, load_balancing_loss([logits.float()], 2), rtol=1e-6, atol=0)
+
+
 def test_an_even_load_costs_as_much_as_there_are_experts_a_token() -> None:
     # Every expert is picked twice, with probabilities as good as equal.
     logits = 1e-4 * torch.eye(4)

@@ -181,7 +181,7 @@ def choose_among_ranks(hidden: Tensor, keys: Tensor, num: int, ranks: DataParall
         num: M.
         ranks: the ranks to choose among; None for this process alone.
     """
-    smallest = torch.topk(keys, min(num, keys.shape[0]), largest=False, sorted=True)
+    smallest = torch.topk(keys, min(num, keys.shape[0]), largest=False)
     keys, hidden = smallest.values, hidden[smallest.indices]
     is_counted = keys < UNCOUNTED
     hidden = torch.where(is_counted[:, None], hidden, 0)
@@ -191,6 +191,6 @@ def choose_among_ranks(hidden: Tensor, keys: Tensor, num: int, ranks: DataParall
     missing = num - keys.shape[0]
     keys = ranks.gather(torch.cat([keys, keys.new_full((missing,), torch.iinfo(torch.int64).max)]))
     hidden = ranks.gather(torch.cat([hidden, hidden.new_zeros(missing, hidden.shape[1])]))
-    smallest = torch.topk(keys, num, largest=False, sorted=True)
+    smallest = torch.topk(keys, num, largest=False)
     keys, hidden = smallest.values, hidden[smallest.indices]
     return Chosen(hidden=hidden, is_counted=keys < UNCOUNTED, keys=keys)

@@ -83,7 +83,7 @@ def reference_exit(
     `rows` are those of the step's first exit, for its later ones under a rule that shares anchors.
     """
     h, w = hidden.detach().double(), weight.detach().double()
-    b = torch.zeros(w.shape[0], dtype=torch.float64) if linear_bias is None else linear_bias.detach().double()
+    b = torch.zeros(w.shape[0]) if linear_bias is None else linear_bias.detach().double()
     counted = target != ignore_index
     h = torch.where(counted[:, None], h, 0)
     raw = (h @ w.T + b).requires_grad_()

@@ -61,7 +61,7 @@ def load_balancing_loss(logits: Sequence[Tensor], top_k: int, is_counted: Tensor
     """
     num_experts = logits[0].shape[-1]
     flat = torch.cat([each.reshape(-1, num_experts) for each in logits])
-    probability = torch.softmax(flat, dim=-1, dtype=torch.promote_types(flat.dtype, torch.float32))
+    probability = torch.softmax(flat, dim=1, dtype=torch.promote_types(flat.dtype, torch.float32))
     picks = torch.zeros_like(probability).scatter(1, probability.topk(top_k).indices, 1.0)
     weight = torch.ones_like(probability[:, 0])
     if is_counted is not None:
