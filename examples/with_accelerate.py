@@ -1,6 +1,7 @@
 """Local training of a causal language model in a loop of `accelerate`, with gradient accumulation.
 
     python examples/with_accelerate.py FOLDER FILE [--steps 100]
+    torchrun --nproc-per-node 2 examples/with_accelerate.py FOLDER FILE
 
 FOLDER is a model that `save_pretrained` wrote, with its tokenizer; FILE a text. The tuned model and its exits go to
 FOLDER-tuned.
@@ -35,15 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATE)
     torch.manual_seed(0)
-    local = localexit.attach(AutoModelForCausalLM.from_pretrained(options.folder).train())
+    # fp32, whatever the folder has: AdamW's small steps are lost in bf16 weights.
+    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
+    ranks = localexit.DataParallel() if accelerator.num_processes > 1 else None
+    local = localexit.attach(model.train(), data_parallel=ranks)
     loader = DataLoader(windows, batch_size=BATCH, shuffle=True, drop_last=True)  # type: ignore[arg-type]
-    local, optimizer, loader = accelerator.prepare(local, torch.optim.AdamW(local.parameters(), lr=1e-3), loader)
+    # Of several processes what comes back is a wrapper: it is called, and `local` has everything else.
+    called, optimizer, loader = accelerator.prepare(local, torch.optim.AdamW(local.parameters(), lr=1e-3), loader)
 
     step = 0
     while step < options.steps:
         for batch in loader:
-            with accelerator.accumulate(local):
-                output = local(batch, labels=batch)
+            with accelerator.accumulate(called):
+                output = called(batch, labels=batch)
                 accelerator.backward(output.loss)
                 if accelerator.sync_gradients:
                     # Per unit: accelerator.clip_grad_norm_ would take one norm over all of them.
@@ -54,15 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 local.update()
                 step += 1
                 if step % 20 == 0 or step == options.steps:
-                    print(f"step {step}: nats/token by exit {[round(x, 3) for x in output.exit_losses.tolist()]}")
+                    losses = [round(loss, 3) for loss in output.exit_losses.tolist()]
+                    accelerator.print(f"step {step}: nats/token by exit {losses}")
             if step == options.steps:
                 break
 
-    tuned = options.folder.with_name(f"{options.folder.name}-tuned")
-    local.model.save_pretrained(tuned)
-    tokenizer.save_pretrained(tuned)
-    localexit.save_exits(local, tuned)
-    print(f"saved to {tuned}")
+    if accelerator.is_main_process:
+        tuned = options.folder.with_name(f"{options.folder.name}-tuned")
+        local.model.save_pretrained(tuned)
+        tokenizer.save_pretrained(tuned)
+        localexit.save_exits(local, tuned)
+        print(f"saved to {tuned}")
 
 
 if __name__ == "__main__":

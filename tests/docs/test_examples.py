@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from docs.pages import ROOT
+from helpers.commands import environment
 from helpers.ranks import rank_replies
 from localexit import feedback_names
 
@@ -129,6 +132,24 @@ def test_trainer_goes_on_with_adapters_from_its_checkpoint(
     assert "after 4 steps" in capsys.readouterr().out
     before, after = (load_file(tmp_path / f"model-trainer/checkpoint-{n}/adapter_model.safetensors") for n in (2, 4))
     assert any(not torch.equal(before[name], after[name]) for name in names)
+
+
+@pytest.mark.slow
+def test_accelerate_in_two_processes(workplace: Path, tmp_path: Path) -> None:
+    """What `prepare` gives back is then a wrapper, without the attached model's methods."""
+    shutil.copytree(workplace / "path/to/model", tmp_path / "model")
+    script = str(ROOT / "examples/with_accelerate.py")
+    options = [str(tmp_path / "model"), str(workplace / "path/to/text/0.txt"), "--steps", "3"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(ACCELERATE_USE_CPU="true"),
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("step 3: nats/token by exit [") == 1
+    assert (tmp_path / "model-tuned" / "exits.safetensors").is_file()
 
 
 def printed_by_rank(name: str, arguments: list[str]) -> str:
