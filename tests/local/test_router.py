@@ -169,6 +169,20 @@ def test_a_step_may_leave_it_out(mode: str) -> None:
     assert differing(gradients(model), gradients(without)) == []
 
 
+@pytest.mark.parametrize("asked", [{}, {"output_router_logits": True}])
+def test_the_model_itself_keeps_no_router_logits_in_training(asked: dict[str, bool]) -> None:
+    """Those of all blocks, with their graphs, would keep every unit's activations."""
+    model = mixture("mixtral")
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(kwargs["output_router_logits"]), with_kwargs=True
+    )
+    local, ids = attach(model, feedback="transport", backward="stream"), token_ids()
+    seen.clear()
+    local(ids, ids, **asked)
+    assert seen == [False]
+
+
 def test_routers_learn_from_their_loss_by_direct_feedback_too() -> None:
     ids = token_ids()
     models = [mixture("mixtral") for _ in range(2)]
