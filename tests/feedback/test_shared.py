@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from helpers.budget import assert_close
@@ -140,6 +143,22 @@ def test_evaluation_keeps_nothing_and_needs_nothing() -> None:
     rule = shared_rule(**WHOLE).eval()
     for inputs in (first, second):
         assert_close(run(inputs, rule).feedback, error_of(inputs) @ naive_rows(inputs, rule), tolerance=1e-9)
+    assert rule.measured is None
+
+
+def test_evaluation_in_the_middle_of_a_step_measures_for_itself() -> None:
+    first, second = two_exits()
+    rule = shared_rule(**WHOLE)
+    run(first, rule)
+    kept = rule.measured
+    assert_close(run(second, rule.eval()).feedback, error_of(second) @ naive_rows(second, rule), tolerance=1e-9)
+    assert rule.measured is kept
+
+
+def test_a_state_that_is_loaded_is_of_another_step() -> None:
+    rule = shared_rule()
+    run(make_inputs(25, WIDTH, VOCAB), rule)
+    rule.load_state_dict(shared_rule().state_dict())
     assert rule.measured is None
 
 
@@ -278,7 +297,36 @@ def test_no_option_is_out_of_range() -> None:
 
 def test_the_parts_of_the_anchors_logits_are_of_256_mebibytes() -> None:
     with FakeTensorMode(), Largest() as made:
-        rule, hidden, weight = shared_rule(), torch.empty(4096, 8), torch.empty(2**15, 8)
+        rule, hidden, weight = SharedAnchors(8, 2**15), torch.empty(4096, 8), torch.empty(2**15, 8)
         made.num_bytes = 0
         measured_rows(rule, hidden, torch.ones(4096, dtype=torch.bool), weight)
     assert made.num_bytes == 256 * 2**20
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes that were alive at once of what is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                storage = StorageWeakRef(tensor.untyped_storage())
+                self.made[storage.cdata] = (storage, tensor.untyped_storage().nbytes())
+        self.made = {key: each for key, each in self.made.items() if not each[0].expired()}
+        self.peak = max(self.peak, sum(num_bytes for _, num_bytes in self.made.values()))
+        return result
+
+
+def test_while_the_rows_are_made_nothing_beside_them_is_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = SharedAnchors(8, 2**14, num_anchors=12)
+    hidden, weight = torch.randn(12, 8), torch.randn(2**14, 8)
+    monkeypatch.setattr("localexit.exits.pairs._LOGIT_BYTES", 4 * 12 * 512)
+    with Alive() as alive:
+        rows = measured_rows(rule, hidden, torch.ones(12, dtype=torch.bool), weight).rows
+    assert rows.nbytes < alive.peak < 1.5 * rows.nbytes

@@ -341,6 +341,9 @@ def test_a_forgotten_update_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     local.update()
     local(ids, labels)
     local(ids, labels)
+    local.discard()
+    local(ids, labels)
+    local(ids, labels)
     with pytest.warns(UserWarning, match=r"3 training forwards without update\(\)"):
         local(ids, labels)
 

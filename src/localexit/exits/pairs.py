@@ -44,14 +44,14 @@ def with_state(
     has_tokens = len(call.hidden) > 0 or data_parallel is not None
     if not isinstance(feedback, SharedAnchors) or not call.need_hidden or not has_tokens:
         return call, feedback.state(call.weight)
-    measured = feedback.measured
+    measured = feedback.measured if feedback.training else None
     if measured is None:
         chosen = _chosen(feedback, call, exit_index, first_row, feedback.num_anchors, data_parallel)
         hidden = chosen.hidden.to(call.compute_dtype)
         measured = measured_rows(feedback, hidden, chosen.is_counted, call.weight)
         if feedback.training:
             feedback.keep(measured)
-    return replace(call, num_measured=measured.is_counted.sum()), [measured.rows]
+    return replace(call, num_measured=measured.count), [measured.rows]
 
 
 @torch.no_grad()

@@ -265,6 +265,7 @@ class Feedback(nn.Module):
 
     def discard(self) -> None:
         """Forget what was collected since the last `update()`: the batch is left out."""
+        self._num_forwards.clear()
 
     def note_forward(self, exit_index: int = 0) -> None:
         """Count a training forward at an exit; warns when there are so many that `update()` was forgotten."""

@@ -154,6 +154,7 @@ class WeightMirror(Rows):
 
     def discard(self) -> None:
         """Forget the pairs collected since the last `update()`."""
+        super().discard()
         self._pairs.clear()
 
     @torch.no_grad()

@@ -23,11 +23,13 @@ class MeasuredRows:
         rows: B [V, D], what eq. (10) has in place of W.
         hidden: [M, D], the anchors it was measured on, zero where not counted.
         is_counted: bool [M], False on tokens that only fill up, when fewer than M count.
+        count: 0-dim int64, how many count.
     """
 
     rows: Tensor
     hidden: Tensor
     is_counted: Tensor
+    count: Tensor
 
 
 class SharedAnchors(Rows):
@@ -87,12 +89,15 @@ class SharedAnchors(Rows):
                 another.
             dtype: of B; sums are in fp32, or fp64 for fp64.
         """
-        sums = accumulate_dtype(dtype)
+        sums, count = accumulate_dtype(dtype), is_counted.sum()
         apart = apart_from_mean(hidden.to(sums))
-        back = ridge_rows(apart.hidden, is_counted.sum(), self.ridge)
-        # No [M, V] tensor: M is above D.
-        parts = [(apart.logits(part.to(sums)).T @ back).to(dtype) for part in logits]
-        return MeasuredRows(rows=torch.cat(parts), hidden=hidden, is_counted=is_counted)
+        back = ridge_rows(apart.hidden, count, self.ridge)
+        # No [M, V] tensor, M is above D; and no parts of B beside it.
+        rows, end = hidden.new_empty(self.vocab_size, self.hidden_size, dtype=dtype), 0
+        for part in logits:
+            start, end = end, end + part.shape[1]
+            rows[start:end] = apart.logits(part.to(sums)).T @ back
+        return MeasuredRows(rows=rows, hidden=hidden, is_counted=is_counted, count=count)
 
     @property
     def measured(self) -> MeasuredRows | None:
@@ -103,6 +108,11 @@ class SharedAnchors(Rows):
         """Let the later exits of the step use these rows."""
         self._measured, self.rows = measured, measured.rows
 
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the seed of a state_dict: what was measured is of the step before it was loaded."""
+        super().set_extra_state(state)
+        self.discard()
+
     @torch.no_grad()
     def update(self) -> None:
         """End of an optimiser step: the next one measures anew."""
@@ -111,9 +121,10 @@ class SharedAnchors(Rows):
 
     def discard(self) -> None:
         """Forget what the step's first exit measured."""
+        super().discard()
         self._measured = None
         # Not a buffer: it is of one step, and no part of what is saved.
-        self.rows = self.step.new_empty(0, self.hidden_size)
+        self.rows = torch.empty(0, self.hidden_size, device=self.step.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedAnchors:
         """What is measured belongs to the device and dtype it was measured with."""
