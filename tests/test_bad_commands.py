@@ -44,6 +44,9 @@ CASES: list[tuple[str, list[str]]] = [
     ("compare --max-minutes nan", ["max_minutes must be a positive number", "nan"]),
     ("compare --output binary", ["output", "binary", "no folder that can be written to"]),
     ("compare --merge nowhere", ["cells", "nowhere"]),
+    ("compare --merge binary", ["cells", "binary"]),
+    ("compare --merge text/0.txt", ["cells", "expected a cell", "in line 1 of 'text/0.txt'"]),
+    ("train --steps 10", ["warmup_steps", "steps=10", "60", "fewer warmup_steps"]),
     # Benchmarks.
     ("bench --shapes 64x64", ["shapes must be NxDxV", "64x64"]),
     ("bench --shapes 0x8x8", ["shapes must be NxDxV", "0x8x8"]),

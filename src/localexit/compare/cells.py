@@ -181,6 +181,13 @@ class CellFile:
         return self.path.parent / UNFINISHED_NAME / digest[:16]
 
 
+def _cell_of(line: bytes, path: Path, number: int) -> Cell:
+    try:
+        return Cell.from_json(line)
+    except ValueError as error:
+        raise ValueError(f"{error}, in line {number} of {str(path)!r}") from error
+
+
 def read_cells(path: Path) -> list[Cell]:
     """The cells of a file, or of the `cells.jsonl` of a folder.
 
@@ -189,7 +196,7 @@ def read_cells(path: Path) -> list[Cell]:
     """
     path = path / FILE_NAME if path.is_dir() else path
     try:
-        return [Cell.from_json(line) for _, line in read_lines(path)]
+        return [_cell_of(line, path, number) for number, line in read_lines(path)]
     except OSError as error:
         raise ValueError(
             f"cells: expected a {FILE_NAME} that `localexit compare` wrote, got {str(path)!r}: {error}"

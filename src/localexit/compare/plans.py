@@ -11,7 +11,7 @@ from typing import Any, Literal
 from localexit._rules import feedback_names
 from localexit.compare.cells import Key
 from localexit.compare.methods import BACKPROP, CONTROLS, EXACT, Method, method_names
-from localexit.train.config import TrainConfig
+from localexit.train.config import DIAGNOSE_TOKENS, TrainConfig
 from localexit.train.presets import PRESETS
 
 TUNED_FILE = "tuned.json"
@@ -35,10 +35,6 @@ class Stage:
     seeds: tuple[int, ...]
     budgets: tuple[int, ...]
     lr_factor: float = 1.0
-
-
-# More than 16,384 targets: the first token of each window is none.
-DIAGNOSE_TOKENS = 17408
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,8 +178,13 @@ def run_model(model: nn.Module, example: Tensor | Mapping[str, Any], **options: 
 
     Raises:
         TypeError: the example is neither token ids nor keyword inputs.
+        ValueError: it is a tensor of another shape than token ids have.
     """
     if isinstance(example, Tensor):
+        if example.is_floating_point():
+            raise TypeError(f"example must hold token ids as int64 or int32, got {example.dtype}")
+        if example.dim() != 2 or not example.numel():
+            raise ValueError(f"example must be token ids [batch, tokens], got shape {list(example.shape)}")
         return model(example, **options)
     if isinstance(example, Mapping):
         return model(**{key: value for key, value in example.items() if key != "labels"}, **options)

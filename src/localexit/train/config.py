@@ -30,6 +30,9 @@ NonFinite = Literal["stop", "skip"]
 UnembeddingInit = Literal["random", "codes"]
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
+# Validation tokens of a diagnosis. More than 16,384 targets: the first token of each window is none.
+DIAGNOSE_TOKENS = 17408
+
 # They say where and how fast a run computes, not what, or what to do about what ended it: a resume may change them.
 FREE_ON_RESUME = frozenset({"device", "threads", "compile", "non_finite", "max_skipped", "track"})
 # Fields that runs of the first version do not have, and what those runs did.
@@ -263,7 +266,8 @@ class TrainConfig:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.warmup_steps >= self.steps:
             raise ValueError(
-                f"warmup_steps must be below steps={self.steps}, got {self.warmup_steps}; pass fewer, or more steps"
+                f"warmup_steps must be below steps={self.steps}, got {self.warmup_steps}; pass fewer warmup_steps, or "
+                f"more steps"
             )
 
     def _check_codes(self) -> None:

@@ -10,11 +10,9 @@ from localexit.exits import DataParallel
 from localexit.local import LocalModel
 from localexit.measure import Diagnosis, Diagnostician
 from localexit.train.batches import valid_batches
+from localexit.train.config import DIAGNOSE_TOKENS
 from localexit.train.devices import autocast
 from localexit.train.tokens import TokenStream
-
-# More than 16,384 targets: the first token of each window is none.
-DIAGNOSE_TOKENS = 17408
 
 
 @dataclass(frozen=True, kw_only=True)
