@@ -175,7 +175,9 @@ def exit_cross_entropy(
         linear_weight: unembedding [V, D], `nn.Linear.weight` as it is. Products run in the promoted dtype of input
             and weight, or in the autocast dtype inside an autocast region; sums are kept in fp32 (fp64 for fp64).
         target: gold tokens, int64 or int32 [...], input's shape without the last dimension.
-        feedback: the rule, made for [V, D]. Call its `update()` once per optimiser step.
+        feedback: the rule, made for [V, D]. Call its `update()` once per optimiser step, after all exits and
+            micro-batches of it: only there a mirror learns, draws change, and shared anchors are forgotten, to be
+            measured anew. For a batch that is left out call `discard()` instead.
         linear_bias: [V].
         token_weight: like target, floating point, negative allowed: multiplies each token's loss.
         reduction: "mean" divides by `num_items` if given, else by the number of tokens that are not ignored (token
@@ -326,6 +328,7 @@ def exit_step(
     >>> hidden.backward(step.feedback)
     >>> bool(layer.weight.grad.any()), bool(grad_weight.any())
     (True, True)
+    >>> rule.update()  # once per optimiser step, after all its exits
 
     Args:
         input, linear_weight, target, feedback, linear_bias, token_weight, reduction, ignore_index, label_smoothing,
