@@ -19,6 +19,8 @@ from localexit import (
     FactorizedExitHead,
     HybridTopKTailSketchCompressor,
     exit_cross_entropy,
+    exit_step,
+    make_feedback,
 )
 
 WIDTH, VOCAB = 9, 40
@@ -218,6 +220,29 @@ def test_a_forgotten_update_of_a_head_is_noticed(monkeypatch: pytest.MonkeyPatch
         first(hidden, targets)
     with pytest.warns(UserWarning, match="without update"):
         second(hidden, targets)
+
+
+@pytest.mark.parametrize("function", [exit_cross_entropy, exit_step])
+def test_a_forgotten_update_is_noticed_in_a_loop_of_ones_own(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(localexit.feedback.base, "FORWARDS_WITHOUT_UPDATE", 3)
+    rule = make_feedback("anchors_shared", 8, 11)
+    hidden, weight, targets = torch.randn(4, 8), torch.randn(11, 8), torch.arange(4)
+
+    def call() -> None:
+        function(hidden, weight, targets, feedback=rule)
+
+    for end in (rule.update, rule.discard):
+        call()
+        call()
+        end()
+    call()
+    call()
+    rule.eval()
+    call()
+    rule.train()
+    with pytest.warns(UserWarning, match=r"3 training forwards without update\(\).*'anchors_shared'") as found:
+        call()
+    assert found[0].filename == __file__
 
 
 def test_a_compressor_computes_what_its_head_feeds_back() -> None:

@@ -177,7 +177,7 @@ def exit_cross_entropy(
         target: gold tokens, int64 or int32 [...], input's shape without the last dimension.
         feedback: the rule, made for [V, D]. Call its `update()` once per optimiser step, after all exits and
             micro-batches of it: only there a mirror learns, draws change, and shared anchors are forgotten, to be
-            measured anew. For a batch that is left out call `discard()` instead.
+            measured anew. For a batch that is left out call `discard()` instead. Many calls without either warn.
         linear_bias: [V].
         token_weight: like target, floating point, negative allowed: multiplies each token's loss.
         reduction: "mean" divides by `num_items` if given, else by the number of tokens that are not ignored (token
@@ -249,6 +249,7 @@ def exit_cross_entropy(
         need_stats=bool(return_stats),
     )
     if torch.is_grad_enabled() and feedback.training:
+        feedback.note_forward(exit_index)
         collect_pairs(feedback, call, exit_index, first_row, data_parallel)
     call, state = with_state(feedback, call, exit_index, first_row, data_parallel)
     if vocab_parallel is not None:
@@ -377,6 +378,7 @@ def exit_step(
         _checks.accumulator("grad_weight", grad_weight, linear_weight.shape, dtype, linear_weight)
         _checks.accumulator("grad_bias", grad_bias, linear_weight.shape[:1], dtype, linear_weight)
         if feedback.training:
+            feedback.note_forward(exit_index)
             collect_pairs(feedback, call, exit_index, first_row, data_parallel)
         # Bound like in the operator: a rule that needs the weight gets it here, the others their own tensors.
         call, state = with_state(feedback, call, exit_index, first_row, data_parallel)

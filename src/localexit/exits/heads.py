@@ -100,9 +100,7 @@ class ExitHead(nn.Module):
         token_weight: Tensor | None = None,
         num_items: int | Tensor | None = None,
     ) -> Tensor:
-        """Loss of hidden [..., D] against targets [...]; see `exit_cross_entropy`. Warns of a forgotten `update()`."""
-        if self.training and torch.is_grad_enabled():
-            self.feedback.note_forward(self.exit_index)
+        """Loss of hidden [..., D] against targets [...]; see `exit_cross_entropy`."""
         return exit_cross_entropy(
             hidden,
             self.weight,

@@ -267,7 +267,7 @@ class Feedback(nn.Module):
         """Forget what was collected since the last `update()`: the batch is left out."""
         self._num_forwards.clear()
 
-    def note_forward(self, exit_index: int = 0) -> None:
+    def note_forward(self, exit_index: int) -> None:
         """Count a training forward at an exit; warns when there are so many that `update()` was forgotten."""
         if torch.compiler.is_compiling():
             # A number that is new in every step would be compiled anew in every step.

@@ -604,7 +604,6 @@ class LocalModel(nn.Module):
         num_rows, rank, size = target.numel(), *((0, 1) if ranks is None else (ranks.rank, ranks.size))
         first_row = self.rows_since_update + rank * num_rows
         self.rows_since_update += size * num_rows
-        self.feedback.note_forward()
         return first_row
 
     def _gradient_average(self) -> GradientAverage | None:

@@ -221,7 +221,7 @@ def _of_this_batch(rule: Feedback) -> Feedback:
 
 def _exact_rule(local: LocalModel) -> WeightTransport:
     vocab_size, hidden_size = local.unembedding.weight.shape
-    return WeightTransport(hidden_size, vocab_size).to(local.unembedding.weight.device)
+    return WeightTransport(hidden_size, vocab_size).eval().to(local.unembedding.weight.device)
 
 
 @dataclass(kw_only=True)
