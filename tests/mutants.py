@@ -131,6 +131,7 @@ FILE_TESTS: dict[str, list[str]] = {
     "local/steps.py": [
         *_files("local", "training", "router", "schedule", "inference"),
         "tests/local/test_data_parallel.py::test_two_ranks_train_like_one_process",
+        "tests/local/test_in_backward.py::test_tied_embeddings_are_stepped_once",
     ],
     "local/trace.py": _files("local", "families"),
 }

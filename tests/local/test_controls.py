@@ -44,6 +44,17 @@ def test_joint_is_backprop_of_the_summed_losses(name: str) -> None:
     assert_same(gradients(model), gradients(reference))
 
 
+@pytest.mark.parametrize("mode", ["joint", "direct"])
+def test_a_frozen_unit_is_left_out(mode: str) -> None:
+    model = build("plain")
+    frozen = [model.decay, *model.embed.parameters(), *model.position.parameters(), *model.blocks[0].parameters()]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    attached(model, backward=mode, exit_norm="none")(*batch())
+    assert all(parameter.grad is None for parameter in frozen)
+    assert all(parameter.grad.any() for block in model.blocks[1:] for parameter in block.parameters())
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_direct_sends_the_last_error_to_every_unit(name: str) -> None:
     ids, labels = batch()

@@ -228,6 +228,21 @@ def test_a_loss_that_is_not_load_balancing_is_refused(monkeypatch: pytest.Monkey
         attach(mixture("mixtral"), feedback="transport")
 
 
+def test_a_loss_without_any_of_it_has_no_routers() -> None:
+    """Whatever factor the configuration names."""
+    model = mixture("mixtral")
+
+    class Without(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            if out.loss is not None and out.aux_loss is not None:
+                out.loss = out.loss - COEFFICIENT * out.aux_loss
+            return out
+
+    model.__class__ = Without
+    assert attach(model, feedback="transport").anatomy.routers is None
+
+
 def test_a_factor_without_a_name_is_refused() -> None:
     model = mixture("mixtral")
     model.router_aux_loss_coef = COEFFICIENT * 3

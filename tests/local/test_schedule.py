@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import localexit
 from local.decoders import batch, build, count_hooks, gradients
 from local.explicit import parts_of
 from local.rules import attached
@@ -51,6 +53,23 @@ def test_an_exit_that_sits_out_leaves_its_unit_alone_and_the_others_as_they_were
                 torch.testing.assert_close(parameter.grad, 3 * reference.grad)
             else:
                 assert parameter.grad is None
+
+
+@pytest.mark.parametrize(("mode", "function"), [("stream", "exit_step"), ("deferred", "exit_cross_entropy")])
+def test_an_exit_that_sits_out_is_not_called(mode: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        called.append(options["exit_index"])
+        return original(*arguments, **options)
+
+    original = getattr(localexit, function)
+    monkeypatch.setattr(f"localexit.local.steps.{function}", watched)
+    local = attached(build("plain"), backward=mode, schedule=ExitSchedule(exits_per_step=1))
+    for step in range(4):
+        train(local, *batch())
+        local.update()
+        assert called == [choose_exits(local.feedback.seed, at, 1, 3)[0] for at in range(step + 1)]
 
 
 def test_nothing_runs_behind_the_last_exit_that_takes_part() -> None:
