@@ -104,7 +104,8 @@ def _rule_contender(plan: RulePlan, rule: Feedback, inputs: Inputs) -> Contender
     )
 
 
-def _step(rule: Feedback, backend: Backend, inputs: Inputs, weight_grad: WeightGrad = "exact") -> Tensor:
+def run_step(rule: Feedback, backend: Backend, inputs: Inputs, weight_grad: WeightGrad = "exact") -> Tensor:
+    """An exit by `exit_step`, with what it collects for the rule, which is then forgotten."""
     step = exit_step(
         inputs.hidden,
         inputs.weight,
@@ -131,8 +132,8 @@ def _autograd(rule: Feedback, backend: Backend, inputs: Inputs, preset: Preset =
 
 
 _CALLS: dict[Mode, Callable[[Feedback, Backend, Inputs], Tensor]] = {
-    "step": _step,
-    "filtered": partial(_step, weight_grad="filtered"),
+    "step": run_step,
+    "filtered": partial(run_step, weight_grad="filtered"),
     "autograd": _autograd,
     "memory": partial(_autograd, preset="memory"),
 }

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from localexit.exits import exit_step
 from localexit.exits.chunked import raw_logits
 from localexit.feedback import WeightMirror
 from localexit.feedback.rows import Pairs
 
+from .contenders import run_step
 from .gate import GateError
 from .inputs import Inputs, make_inputs, relative_error
-from .plans import Backend, Case, RulePlan
+from .plans import Case, RulePlan
 from .platforms import Platform
 from .timing import Say, Times
 
@@ -40,7 +40,7 @@ def measure_updates(case: Case, platform: Platform, *, rounds: int, say: Say) ->
         _check(plan, mirror, make_pairs(inputs, mirror.num_pairs, 1))
     runs: dict[str, Any] = {}
     for plan, mirror in mirrors.items():
-        runs[_exit_name(plan)] = partial(run_exit, mirror, plan.backend, inputs)
+        runs[_exit_name(plan)] = partial(run_step, mirror, plan.backend, inputs)
         for count in NUM_EXITS:
             runs[_update_name(plan, count)] = partial(run_update, mirror, make_pairs(inputs, mirror.num_pairs, count))
     say(f"{about}: memory and times")
@@ -69,12 +69,6 @@ def make_pairs(inputs: Inputs, num_pairs: int, num_exits: int) -> list[Pairs]:
         keys = torch.arange(len(hidden), device=hidden.device)
         pairs.append(Pairs(hidden=hidden, logits=raw_logits(hidden, inputs.weight), keys=keys))
     return pairs
-
-
-def run_exit(mirror: WeightMirror, backend: Backend, inputs: Inputs) -> None:
-    """An exit with what it collects for the mirror."""
-    exit_step(inputs.hidden, inputs.weight, inputs.target, feedback=mirror, grad_weight=inputs.total, backend=backend)
-    mirror.discard()
 
 
 def run_update(mirror: WeightMirror, pairs: Sequence[Pairs]) -> None:

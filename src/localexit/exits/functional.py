@@ -13,12 +13,12 @@ from localexit.exits.backends import Backend, choose_backend, stages_of
 from localexit.exits.chunked import ExitCall, ExitResult, run_exit
 from localexit.exits.loss import LossOptions
 from localexit.exits.operators import exit_loss
-from localexit.exits.pairs import collect_pairs, with_state
-from localexit.exits.ranks import DataParallel, VocabParallel, choose_among_ranks
+from localexit.exits.pairs import choose_tokens, collect_pairs, with_state
+from localexit.exits.ranks import DataParallel, VocabParallel
 from localexit.exits.tiled import add_tiled_grads
 from localexit.exits.vocab import local_part, local_weight, refuse_unsupported, sharded_loss, sharded_stages
 from localexit.feedback.base import Feedback, accumulate_dtype
-from localexit.feedback.draws import choice_keys, choose_rows, stratified_uniforms
+from localexit.feedback.draws import choose_rows, stratified_uniforms
 from localexit.feedback.registry import from_spec
 from localexit.feedback.shared import SharedAnchors
 
@@ -488,8 +488,7 @@ def _build_call(
         return call
     if data_parallel is None:
         return replace(call, anchor_rows=choose_rows(*draws, is_counted, feedback.num_anchors, first_row))
-    keys = choice_keys(*draws, is_counted, first_row)
-    anchors = choose_among_ranks(call.hidden.detach(), keys, feedback.num_anchors, data_parallel)
+    anchors = choose_tokens(feedback, call, exit_index, first_row, feedback.num_anchors, data_parallel)
     return replace(call, anchor_hidden=anchors.hidden, anchor_is_counted=anchors.is_counted)
 
 

@@ -25,7 +25,7 @@ def collect_pairs(
     """Hand a mirror forward pairs of this exit; it learns from them in its `update()`."""
     if not isinstance(feedback, WeightMirror) or not feedback.is_learning:
         return
-    chosen = _chosen(feedback, call, exit_index, first_row, feedback.num_pairs, data_parallel)
+    chosen = choose_tokens(feedback, call, exit_index, first_row, feedback.num_pairs, data_parallel)
     # Measured in the weight's own dtype: autocast would round what the mirror is to learn.
     with torch.autocast(call.hidden.device.type, enabled=False):
         hidden = chosen.hidden.to(call.weight.dtype)
@@ -46,7 +46,7 @@ def with_state(
         return call, feedback.state(call.weight)
     measured = feedback.measured if feedback.training else None
     if measured is None:
-        chosen = _chosen(feedback, call, exit_index, first_row, feedback.num_anchors, data_parallel)
+        chosen = choose_tokens(feedback, call, exit_index, first_row, feedback.num_anchors, data_parallel)
         hidden = chosen.hidden.to(call.compute_dtype)
         measured = measured_rows(feedback, hidden, chosen.is_counted, call.weight)
         if feedback.training:
@@ -73,9 +73,10 @@ def measured_rows(rule: SharedAnchors, hidden: Tensor, is_counted: Tensor, weigh
         return rule.solved(hidden, is_counted, (raw_logits(operands, part) for part in parts), dtype=dtype)
 
 
-def _chosen(
+def choose_tokens(
     rule: Feedback, call: ExitCall, exit_index: int, first_row: int, num: int, data_parallel: DataParallel | None
 ) -> Chosen:
+    """The rule's choice of so many tokens that count, of all ranks."""
     is_counted = call.target != call.options.ignore_index
     keys = choice_keys(rule.seed, rule.step, exit_index, is_counted, first_row)
     return choose_among_ranks(call.hidden.detach(), keys, num, data_parallel)

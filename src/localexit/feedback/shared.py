@@ -56,7 +56,7 @@ class SharedAnchors(Rows):
 
     codes: ClassVar = ("rows",)
     name = "anchors_shared"
-    _measured: MeasuredRows | None
+    measured: MeasuredRows | None
 
     def __init__(
         self,
@@ -99,14 +99,9 @@ class SharedAnchors(Rows):
             rows[start:end] = apart.logits(part.to(sums)).T @ back
         return MeasuredRows(rows=rows, hidden=hidden, is_counted=is_counted, count=count)
 
-    @property
-    def measured(self) -> MeasuredRows | None:
-        """What an exit of this step has measured, or None before that."""
-        return self._measured
-
     def keep(self, measured: MeasuredRows) -> None:
         """Let the later exits of the step use these rows."""
-        self._measured, self.rows = measured, measured.rows
+        self.measured, self.rows = measured, measured.rows
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over the seed of a state_dict: what was measured is of the step before it was loaded."""
@@ -122,7 +117,7 @@ class SharedAnchors(Rows):
     def discard(self) -> None:
         """Forget what the step's first exit measured."""
         super().discard()
-        self._measured = None
+        self.measured = None
         # Not a buffer: it is of one step, and no part of what is saved.
         self.rows = torch.empty(0, self.hidden_size, device=self.step.device)
 

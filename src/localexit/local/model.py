@@ -467,9 +467,10 @@ class LocalModel(nn.Module):
                 the exit's own.
         """
         last_exit = self.exit_position(exit_index)
-        name = cache_argument(self.model) or "past_key_values"
-        if inputs.get("use_cache") and inputs.get(name) is None and inputs.get("past_key_values") is None:
-            raise ValueError(f"use_cache=True needs {name}=, the cache to fill: only logits are returned")
+        if inputs.get("use_cache"):
+            name = cache_argument(self.model) or "past_key_values"
+            if inputs.get(name) is None and inputs.get("past_key_values") is None:
+                raise ValueError(f"use_cache=True needs {name}=, the cache to fill: only logits are returned")
         if self.exits[last_exit].block is not None and "use_cache" in self._takes:
             # A cache that the model makes by itself would have the block's keys where those of its copy belong.
             inputs.setdefault("use_cache", False)

@@ -149,19 +149,17 @@ class TrainingStep(Step):
 
     def _per_exit(self, losses: Mapping[int, Tensor]) -> Tensor:
         """[num_exits], NaN for exits that have not taken part: of a pipeline's stage that may be all of its own."""
-        missing = next(iter(losses.values()), self._no_loss()).new_full((), torch.nan)
+        dtype = next((loss.dtype for loss in losses.values()), torch.float32)
+        missing = torch.full((), torch.nan, dtype=dtype, device=self.batch.target.device)
         return torch.stack([losses.get(index, missing).detach() for index in range(len(self.batch.weights))])
 
     def _weighted_sum(self, losses: Mapping[int, Tensor]) -> Tensor:
         """Σ weight · loss over the exits that have taken part."""
         if not losses:
-            return self._no_loss()
+            return self.batch.target.new_zeros((), dtype=torch.float32)
         weights = [self.batch.weights[index] for index in losses]
         stacked = torch.stack(list(losses.values()))
         return (stacked * stacked.new_tensor(weights)).sum()
-
-    def _no_loss(self) -> Tensor:
-        return self.batch.target.new_zeros((), dtype=torch.float32)
 
 
 @dataclass(kw_only=True)
