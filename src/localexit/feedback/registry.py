@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -139,5 +140,13 @@ def rule_options(rule: Feedback) -> dict[str, Any]:
 
 def from_spec(spec: str, state: Sequence[Tensor]) -> Feedback:
     """The rule that `Feedback.spec()` and `Feedback.state()` describe, around the same tensors."""
+    rule, options = _read(spec)
+    return RULE_CLASSES[rule]._bare(options, state)
+
+
+# Every exit of every step asks, and `literal_eval` leaves a reference cycle behind.
+@lru_cache(maxsize=256)
+def _read(spec: str) -> tuple[str, dict[str, Any]]:
+    """Name of the class and its options."""
     rule, options, floats = ast.literal_eval(spec)
-    return RULE_CLASSES[rule]._bare(options | {key: float.fromhex(text) for key, text in floats.items()}, state)
+    return rule, options | {key: float.fromhex(text) for key, text in floats.items()}
