@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from local.decoders import DECODERS, batch, build
 from local.rules import attached
-from localexit.local.steps import SharedGradient
+from localexit import LocalModel
+from localexit.local.steps import SharedGradient, Step
 
 
 class SavedBytes:
@@ -70,6 +72,36 @@ def test_a_shared_gradient_takes_no_second_copy_of_itself_unless_it_is_to_be_sca
         scaled.total += 4
         scaled.fold()
         assert parameter.grad.tolist() == expected
+
+
+def train_deferred(local: LocalModel) -> None:
+    local(*batch()).loss.backward()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    ("mode", "use"),
+    [
+        ("stream", lambda local: local(*batch())),
+        ("deferred", train_deferred),
+        ("stream", lambda local: local.evaluate(*batch())),
+        ("stream", lambda local: local.predictions(*batch())),
+        ("stream", lambda local: local.exit_logits(0, batch()[0])),
+    ],
+    ids=["stream", "deferred", "evaluate", "predictions", "logits"],
+)
+def test_a_step_is_freed_without_the_garbage_collector(name: str, mode: str, use: Callable[[LocalModel], Any]) -> None:
+    """It holds hidden states and a sum of dW, which must not wait until Python looks for reference cycles."""
+    local = attached(build(name, 3), backward=mode)
+    use(local)
+    gc.collect()
+    gc.disable()
+    try:
+        use(local)
+        # Some objects are proxies, which `isinstance` would look behind.
+        assert [type(thing) for thing in gc.get_objects() if issubclass(type(thing), Step)] == []
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -99,8 +99,9 @@ class BlockHooks:
         self._step, self._is_done = step, False
         try:
             yield
-        except ForwardDone:
-            pass
+        except ForwardDone as done:
+            # Its frames lead back to it (from Python 3.12 on), and would keep the step until a garbage collection.
+            done.__traceback__ = None
         else:
             raise RuntimeError(
                 f"the forward ended without running block {self._blocks[-1][0]!r}, so its exit has no loss; "
