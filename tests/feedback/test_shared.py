@@ -295,12 +295,12 @@ def test_no_option_is_out_of_range() -> None:
         shared_rule(ridge=-1.0)
 
 
-def test_the_parts_of_the_anchors_logits_are_of_256_mebibytes() -> None:
+def test_the_parts_of_the_anchors_logits_are_of_128_mebibytes() -> None:
     with FakeTensorMode(), Largest() as made:
         rule, hidden, weight = SharedAnchors(8, 2**15), torch.empty(4096, 8), torch.empty(2**15, 8)
         made.num_bytes = 0
         measured_rows(rule, hidden, torch.ones(4096, dtype=torch.bool), weight)
-    assert made.num_bytes == 256 * 2**20
+    assert made.num_bytes == 128 * 2**20
 
 
 class Alive(TorchDispatchMode):

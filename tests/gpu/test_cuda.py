@@ -19,6 +19,7 @@ from torch import Tensor
 from localexit import (
     ExitStep,
     Feedback,
+    SharedAnchors,
     WeightMirror,
     attach,
     exit_cross_entropy,
@@ -28,8 +29,11 @@ from localexit import (
 )
 from localexit.exits.functional import WeightGrad
 from localexit.exits.loss import LossOptions
+from localexit.exits.pairs import measured_rows
 from localexit.exits.reference import reference_exit
 from localexit.feedback import RULES, draws, feedback_options, rows
+from localexit.feedback.base import product
+from localexit.feedback.products import left_terms, right_terms
 from localexit.local import compile_units
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -513,21 +517,80 @@ def test_a_filtered_dw_on_the_kernels_equals_the_plain_one(name: str) -> None:
     assert relative(feedback, exact[1].double().cpu()) < 5e-2
 
 
-def test_a_mirror_in_bf16_learns_the_same_by_parts_and_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("storage", ["bf16", "fp32"])
+def test_a_mirror_learns_the_same_by_parts_and_by_the_kernels(
+    storage: rows.Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = make_case()
     inputs = [case[key].cuda() for key in ("hidden", "weight", "target")]
     learned = []
     for by_kernel in (False, True):
         monkeypatch.setattr(rows, "runs_kernel", lambda _, by_kernel=by_kernel: by_kernel)
-        mirror = WeightMirror(HIDDEN, VOCAB, storage="bf16", num_pairs=128).cuda()
+        mirror = WeightMirror(HIDDEN, VOCAB, storage=storage, num_pairs=128).cuda()
         for _ in range(3):
             exit_step(*inputs, feedback=mirror)
             mirror.update()
         learned.append(mirror.rows.double().cpu())
     by_parts, by_kernel = learned
     assert relative(by_parts, case["weight"].double()) < 0.1
-    # Rounded at random, each in its own way, three times.
-    assert relative(by_kernel, by_parts) < 3 * torch.finfo(torch.bfloat16).eps
+    # Rounded at random, each in its own way, three times; or two terms of every number instead of all of it.
+    assert relative(by_kernel, by_parts) < (3 * torch.finfo(torch.bfloat16).eps if storage == "bf16" else 2**-14)
+
+
+@pytest.mark.parametrize("num_exits", [1, 3])
+def test_a_mirror_in_fp32_is_corrected_in_parts_of_its_terms(num_exits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the same update in fp64: what two terms leave out, and the solve magnifies."""
+    # Rows of a tile, and a part that is none.
+    monkeypatch.setattr(rows, "TERM_BYTES", 128 * 6 * 40 * num_exits)
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator, device="cuda")
+    exact, mirror = (WeightMirror(HIDDEN, VOCAB, num_pairs=40).cuda() for _ in range(2))
+    mirror.rows.copy_(0.5 * weight)
+    exact.rows = mirror.rows.double()
+    for index in range(num_exits):
+        hidden = 1 + torch.randn(40, HIDDEN, generator=generator, device="cuda")
+        logits = (hidden.double() @ weight.double().T).float()
+        pairs = rows.Pairs(hidden=hidden, logits=logits, keys=torch.arange(40, device="cuda"))
+        mirror.collect(index, pairs)
+        exact.collect(index, pairs)
+    mirror.update()
+    exact.update()
+    assert relative(mirror.rows, exact.rows.cpu()) < 2**-15
+    assert relative(exact.rows, 0.5 * weight.double().cpu()) > 0.1
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize(("num_rows", "length", "width"), [(1, 1, 1), (7, 33, 5), (257, 1003, 64), (256, 4096, 512)])
+def test_a_product_of_terms_leaves_out_less_than_its_bound(
+    num_rows: int, length: int, width: int, is_transposed: bool
+) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    a = torch.randn(num_rows, length, generator=generator, device="cuda")
+    b = torch.randn(length, width, generator=generator, device="cuda")
+    exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    given = a.T.contiguous().T if is_transposed else a
+    terms = product(left_terms(given), right_terms(b), torch.float32)
+    # What is left out, and sums of 3 K numbers that a tensor core may truncate 16 at a time.
+    assert float(((terms.double() - exact).abs() / size).max()) < 2**-15 + (1 + 3 * length / 16) * 2**-22
+    # In the norm no more than a sixteenth of that, and far below bf16.
+    assert relative(terms, exact.cpu()) < 2**-17 + length * 2**-26
+    assert length == 1 or relative(product(a.bfloat16(), b.bfloat16(), torch.float32), exact.cpu()) > 2**-11
+
+
+def test_shared_anchors_in_bf16_are_solved_as_exactly_as_bf16_stores_them() -> None:
+    """Hidden states of few directions: what one term of each number leaves out would be a twelfth of B."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.arange(1.0, 257).pow(-1.5)
+    directions = torch.linalg.qr(torch.randn(256, 256, generator=generator)).Q
+    hidden = (torch.randn(384, 256, generator=generator) * sizes) @ directions
+    hidden = torch.nn.functional.normalize(hidden).mul(16).bfloat16()
+    weight = (torch.randn(1500, 256, generator=generator) / 16).bfloat16()
+    is_counted, rule = torch.ones(384, dtype=torch.bool), SharedAnchors(256, 1500, num_anchors=384)
+    measured = measured_rows(rule.cuda(), hidden.cuda(), is_counted.cuda(), weight.cuda())
+    expected = measured_rows(rule.cpu(), hidden.double(), is_counted, weight)
+    rounding = relative(expected.rows.bfloat16(), expected.rows)
+    assert measured.rows.dtype == torch.bfloat16
+    assert relative(measured.rows, expected.rows) < 1.2 * rounding
 
 
 @pytest.mark.parametrize("is_kernel", [False, True])
@@ -547,12 +610,13 @@ def test_draws_are_the_same_bits_on_every_device(num: int, is_kernel: bool, monk
         assert torch.equal(keys.cpu(), expected[1])
 
 
-def test_residuals_of_a_mirror_in_bf16_miss_nothing_of_the_hidden_states() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_residuals_of_a_mirror_miss_nothing_of_the_hidden_states(dtype: torch.dtype) -> None:
     from localexit.feedback.ridge import apart_from_mean
     from localexit.kernels.mirror import residuals
 
     generator = torch.Generator("cuda").manual_seed(0)
-    weight = torch.randn(1000, 300, generator=generator, device="cuda").bfloat16()
+    weight = torch.randn(1000, 300, generator=generator, device="cuda").to(dtype)
     hidden = 3 + 0.1 * torch.randn(150, 300, generator=generator, device="cuda")
     logits = (hidden.double() @ weight.double().T + 0.01).float()
     apart, in_fp64 = apart_from_mean(hidden), apart_from_mean(hidden.double())

@@ -11,11 +11,12 @@ from localexit.exits.chunked import ExitCall, raw_logits
 from localexit.exits.ranks import Chosen, DataParallel, choose_among_ranks
 from localexit.feedback.base import Feedback, accumulate_dtype
 from localexit.feedback.draws import choice_keys
+from localexit.feedback.products import fitting
 from localexit.feedback.rows import Pairs, WeightMirror
 from localexit.feedback.shared import MeasuredRows, SharedAnchors
 
 # Bytes of anchors' logits that are measured at a time.
-_LOGIT_BYTES = 256 * 2**20
+_LOGIT_BYTES = 128 * 2**20
 
 
 @torch.no_grad()
@@ -67,7 +68,7 @@ def measured_rows(rule: SharedAnchors, hidden: Tensor, is_counted: Tensor, weigh
     dtype = hidden.dtype if hidden.is_cuda and hidden.dtype == torch.bfloat16 else accumulate_dtype(hidden.dtype)
     # A GPU sums products of low precision in fp32, a CPU rounds them: what is solved for would not bear that.
     operands = hidden if hidden.is_cuda else hidden.to(dtype)
-    size = max(1, _LOGIT_BYTES // (4 * len(hidden)))
+    size = fitting(_LOGIT_BYTES, 4 * len(hidden))
     with torch.autocast(hidden.device.type, enabled=False):
         parts = (part.to(hidden.dtype).to(operands.dtype) for part in weight.split(size))
         return rule.solved(hidden, is_counted, (raw_logits(operands, part) for part in parts), dtype=dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from localexit import _checks
 from localexit.feedback.base import Anchors, Error, Tokens, joined
 from localexit.feedback.draws import HAS_TRITON, UNCOUNTED
+from localexit.feedback.products import TERM_BYTES, fitting, left_terms, right_terms
 from localexit.feedback.ridge import Apart, apart_from_mean, ridge_rows
 from localexit.feedback.rounding import round_stochastically, rounding_generator, rounding_seed
 from localexit.feedback.sampling import SAMPLING_OPTIONS, Sampling
@@ -23,8 +24,10 @@ _UPDATE_BYTES = 256 * 2**20
 
 
 def runs_kernel(rows: Tensor) -> bool:
-    """Whether a mirror's correction is one kernel: bf16 on a GPU, and Triton installed."""
-    return rows.is_cuda and rows.dtype == torch.bfloat16 and HAS_TRITON
+    """Whether a mirror's residual is one kernel: bf16 or fp32 on a GPU that multiplies bf16, and Triton installed."""
+    if not (rows.is_cuda and HAS_TRITON and rows.dtype in _DTYPES.values()):
+        return False
+    return torch.cuda.get_device_properties(rows.device).major >= 8
 
 
 class Rows(Sampling):
@@ -75,6 +78,12 @@ class Pairs:
             return torch.where(is_counted[:, None], torch.cat([ours, others])[rows], 0)
 
         return Pairs(hidden=chosen(self.hidden, earlier.hidden), logits=chosen(self.logits, earlier.logits), keys=keys)
+
+
+def _parts(rows: Tensor, logits: Sequence[Tensor], size: int) -> Iterable[tuple[Tensor, Sequence[Tensor]]]:
+    """So many tokens of the vocabulary after the other: their rows, and each exit's logits of them."""
+    of_parts = zip(*(of_exit.split(size, dim=1) for of_exit in logits), strict=True)
+    return zip(rows.split(size), of_parts, strict=True)
 
 
 class WeightMirror(Rows):
@@ -176,10 +185,12 @@ class WeightMirror(Rows):
         logits = [of_exit.logits.to(dtype) for of_exit in pairs]
         num_counted = joined([of_exit.is_counted for of_exit in pairs]).sum()
         back = ridge_rows(apart.hidden, num_counted, self.ridge)
-        if runs_kernel(self.rows):
+        if not runs_kernel(self.rows):
+            self._correct_by_parts(apart, logits, back)
+        elif self.rows.dtype == torch.bfloat16:
             self._correct_by_kernel(apart, logits, back)
         else:
-            self._correct_by_parts(apart, logits, back)
+            self._correct_by_terms(apart, logits, back)
 
     def _correct_by_kernel(self, apart: Apart, logits: Sequence[Tensor], back: Tensor) -> None:
         # Triton is optional, and slow to import.
@@ -188,13 +199,22 @@ class WeightMirror(Rows):
         residual = residuals(self.rows, apart, logits)
         correct(self.rows, residual, back.to(self.rows.dtype), seed=rounding_seed(self.seed, self._num_steps))
 
+    def _correct_by_terms(self, apart: Apart, logits: Sequence[Tensor], back: Tensor) -> None:
+        # Triton is optional, and slow to import.
+        from localexit.kernels.mirror import residuals
+
+        right = right_terms(back)
+        size = fitting(TERM_BYTES, len(right) * right.itemsize)
+        for rows, measured in _parts(self.rows, logits, size):
+            left = left_terms(residuals(rows, apart, measured).T)
+            torch.addmm(rows, left, right, out_dtype=rows.dtype, out=rows)
+
     def _correct_by_parts(self, apart: Apart, logits: Sequence[Tensor], back: Tensor) -> None:
         dtype = back.dtype
         generator = rounding_generator(self.seed, self._num_steps, self.rows.device)
         # Row by row the update is independent: each part of B is read and written once, and nothing else is as large.
         size = _UPDATE_BYTES // (back.shape[1] * dtype.itemsize)
-        of_parts = zip(*(of_exit.split(size, dim=1) for of_exit in logits), strict=True)
-        for rows, measured in zip(self.rows.split(size), of_parts, strict=True):
+        for rows, measured in _parts(self.rows, logits, size):
             exact = rows.to(dtype)
             residual = apart.logits(joined(measured)).addmm_(apart.hidden, exact.T, alpha=-1)
             exact.addmm_(residual.T, back)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from localexit import _checks
-from localexit.feedback.base import accumulate_dtype
+from localexit.feedback.base import accumulate_dtype, product
+from localexit.feedback.products import left_terms, right_terms
 from localexit.feedback.ridge import apart_from_mean, ridge_rows
 from localexit.feedback.rows import Rows
 
@@ -87,16 +88,21 @@ class SharedAnchors(Rows):
             is_counted: bool [M].
             logits: raw forward logits [M, v] of these tokens without the bias, for one part of the vocabulary after
                 another.
-            dtype: of B; sums are in fp32, or fp64 for fp64.
+            dtype: of B; sums are in fp32, or fp64 for fp64, and for bf16 on a GPU, which rounds B to it, as exact as
+                `products` says.
         """
         sums, count = accumulate_dtype(dtype), is_counted.sum()
         apart = apart_from_mean(hidden.to(sums))
         back = ridge_rows(apart.hidden, count, self.ridge)
+        is_split = hidden.is_cuda and dtype == torch.bfloat16
+        if is_split:
+            back = right_terms(back)
         # No [M, V] tensor, M is above D; and no parts of B beside it.
         rows, end = hidden.new_empty(self.vocab_size, self.hidden_size, dtype=dtype), 0
         for part in logits:
             start, end = end, end + part.shape[1]
-            rows[start:end] = apart.logits(part.to(sums)).T @ back
+            measured = apart.logits(part.to(sums)).T
+            rows[start:end] = product(left_terms(measured) if is_split else measured, back, sums)
         return MeasuredRows(rows=rows, hidden=hidden, is_counted=is_counted, count=count)
 
     def keep(self, measured: MeasuredRows) -> None:

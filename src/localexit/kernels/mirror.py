@@ -1,4 +1,4 @@
-"""A mirror's update in two passes over B: what it predicts wrongly, and the correction, rounded at random."""
+"""A mirror's update in two passes over B: what it predicts wrongly, and in bf16 the correction, rounded at random."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def residual_kernel(
 ):  # fmt: skip
     """What B predicts wrongly for the pairs from `first` on, whose logits these are; one program PAIRS by TOKENS.
 
-    residual[p, v] = apart.logits(logits)[p, v] - Σ_d (rounded + left_over)[p, d] rows[v, d].
+    residual[p, v] = apart.logits(logits)[p, v] - Σ_d (rounded + left_over)[p, d] rows[v, d], rows in fp32 also taken as
+    two such terms (`feedback.products`).
     """
     here = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     pairs = first + here
@@ -34,14 +35,19 @@ def residual_kernel(
         col_inside = cols < width
         place = pairs[:, None] * width + cols[None, :]
         inside = pair_inside[:, None] & col_inside[None, :]
-        # One reading of the rows for both: what rounding took from the hidden states must not be missing.
-        back = tl.load(
+        # One reading of the rows for all: what rounding took from the hidden states must not be missing.
+        exact = tl.load(
             rows + tokens[None, :].to(tl.int64) * width + cols[:, None],
             mask=col_inside[:, None] & token_inside[None, :],
             other=0.0,
-        ).to(rounded.dtype.element_ty)
-        total = tl.dot(tl.load(rounded + place, mask=inside, other=0.0), back, total)
+        )
+        back = exact.to(rounded.dtype.element_ty)
+        hidden = tl.load(rounded + place, mask=inside, other=0.0)
+        total = tl.dot(hidden, back, total)
         total = tl.dot(tl.load(left_over + place, mask=inside, other=0.0), back, total)
+        if rows.dtype.element_ty != rounded.dtype.element_ty:
+            # Nor what it took from rows in fp32.
+            total = tl.dot(hidden, (exact - back).to(back.dtype), total)
     inside = pair_inside[:, None] & token_inside[None, :]
     measured = tl.load(
         logits + here[:, None].to(tl.int64) * logits_stride + tokens[None, :].to(tl.int64) * logits_step,
@@ -101,33 +107,35 @@ def correct_kernel(
 
 
 @on_its_device
-def residuals(rows: Tensor, apart: Apart, logits: Sequence[Tensor]) -> Tensor:
+def residuals(rows: Tensor, apart: Apart, logits: Sequence[Tensor], *, terms: torch.dtype = torch.bfloat16) -> Tensor:
     """`apart.logits(torch.cat(logits)) - apart.hidden @ rows.T` as if nothing of the hidden states were rounded.
 
     A residual is a small difference of large numbers: the hidden states are taken as a bf16 number and what is left of
     them, which is another one. The logits are not copied, and the rows read once for all pairs of an exit.
 
     Args:
-        rows: bf16 [V, D], contiguous.
+        rows: bf16 or fp32 [V, D], contiguous.
         apart: of all pairs, fp32.
         logits: fp32 [P, V] of the pairs of each exit; may lie column by column.
+        terms: dtype of what is multiplied.
 
     Returns:
         [M, V] in the rows' dtype.
     """
     (num_tokens, width), num_pairs = rows.shape, len(apart.hidden)
-    rounded = apart.hidden.to(rows.dtype).contiguous()
-    left_over = (apart.hidden - rounded).to(rows.dtype).contiguous()
+    rounded = apart.hidden.to(terms).contiguous()
+    left_over = (apart.hidden - rounded).to(terms).contiguous()
     result = torch.empty(num_pairs, num_tokens, dtype=rows.dtype, device=rows.device)
     summed, last = apart.summed(logits), logits[-1][-1]
-    pairs, tokens = 64, 128
-    first = 0
+    # Every program takes rows in fp32 apart for itself: fewer and larger ones.
+    pairs, depth, warps = (64, 64, 4) if rows.dtype == terms else (128, 32, 8)
+    tokens, first = 128, 0
     for of_exit in logits:
         residual_kernel[(triton.cdiv(len(of_exit), pairs), triton.cdiv(num_tokens, tokens))](
             rows, rounded, left_over, of_exit, *of_exit.stride(), summed, last, *last.stride(),
             apart.scaled, apart.along, apart.length, apart.rest,
             result, num_tokens, width, first, len(of_exit), num_pairs,
-            PAIRS=pairs, TOKENS=tokens, DEPTH=64, num_warps=4, num_stages=3,
+            PAIRS=pairs, TOKENS=tokens, DEPTH=depth, num_warps=warps, num_stages=3,
         )  # fmt: skip
         first += len(of_exit)
     return result
