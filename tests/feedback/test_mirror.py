@@ -110,6 +110,22 @@ def test_the_pairs_of_all_exits_are_used(num_exits: int) -> None:
     assert_close(rule.rows, expected, tolerance=1e-8)
 
 
+def test_an_exit_without_tokens_teaches_nothing_and_harms_none() -> None:
+    rule, other = mirror(), mirror()
+    inputs = make_inputs(7, WIDTH, VOCAB)
+    none = replace(inputs, hidden=inputs.hidden[:0].detach(), target=inputs.target[:0])
+    forward(none, rule)
+    for each in (rule, other):
+        each.update()
+        assert not each.rows.any()
+        forward(inputs, each)
+    forward(none, rule, 1)
+    for each in (rule, other):
+        each.update()
+    assert other.rows.any()
+    assert torch.equal(rule.rows, other.rows)
+
+
 def test_learns_in_update_alone_and_from_each_pair_once() -> None:
     inputs, rule = make_inputs(7, WIDTH, VOCAB), mirror()
     forward(inputs, rule).backward()

@@ -171,11 +171,12 @@ class WeightMirror(Rows):
         """One block Kaczmarz step, `B += (Z_M - H_M Bᵀ)ᵀ (H_M H_Mᵀ + λI)⁻¹ H_M`, on the pairs collected; eq. (11)."""
         super().update()
         self._set_num_steps(self._num_steps + 1)
-        if not self._pairs:
-            return
+        # An exit of a batch without tokens has none.
+        pairs = [of_exit for _, of_exit in sorted(self._pairs.items()) if len(of_exit.keys)]
         # An autocast region around the call would round what is learned.
         with torch.autocast(self.rows.device.type, enabled=False):
-            self._learn([self._pairs[index] for index in sorted(self._pairs)])
+            if pairs:
+                self._learn(pairs)
         self._pairs.clear()
 
     def _learn(self, pairs: Sequence[Pairs]) -> None:
