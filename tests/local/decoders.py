@@ -24,8 +24,7 @@ class Block(nn.Module):
         length = hidden.shape[1]
         distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
         mask = torch.where(distance >= 0, torch.sigmoid(decay) ** distance.clamp_min(0), 0.0).to(hidden.dtype)
-        # `mask @` would multiply in one way with gradients and in another without, which differ in the last bit.
-        hidden = hidden + torch.bmm(mask.expand(len(hidden), -1, -1), self.mix(self.norm(hidden)))
+        hidden = hidden + mask @ self.mix(self.norm(hidden))
         return hidden + self.down(torch.tanh(self.up(hidden)))
 
 

@@ -33,7 +33,9 @@ def test_autocast_around_it_does_not_change_what_the_trace_sees() -> None:
     model, ids = build("plain").float().eval(), torch.arange(6)[None]
     with torch.autocast("cpu", torch.bfloat16):
         traced = trace_forward(model, ids).logits
-    assert torch.equal(traced, model(ids))
+    # With gradients some processors multiply in another order.
+    with torch.no_grad():
+        assert torch.equal(traced, model(ids))
 
 
 def test_a_scale_of_the_logits_is_one_of_their_bias_too() -> None:

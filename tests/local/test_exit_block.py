@@ -65,7 +65,9 @@ def test_a_copy_starts_as_its_block_and_reads_what_the_block_returned(name: str)
     expected = explicit_logits(name, local, ids)
     for index in range(3):
         torch.testing.assert_close(local.exit_logits(index, ids), expected[index], rtol=1e-12, atol=1e-12)
-    logits = model(ids)
+    # With gradients some processors multiply in another order.
+    with torch.no_grad():
+        logits = model(ids)
     assert torch.equal(local.exit_logits(2, ids), getattr(logits, "logits", logits))
 
 
