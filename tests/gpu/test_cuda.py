@@ -226,7 +226,8 @@ def test_a_bad_target_makes_the_loss_nan_and_reads_nothing_outside(backend: str)
 
 
 # The compiler advises to use TF32, and uses what is deprecated.
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated")
 @pytest.mark.parametrize("name", ["dense", "mirror_sampled", "anchors", "anchors_sampled", "anchors_shared"])
 def test_compiled_equals_eager(name: str) -> None:
     case = make_case()

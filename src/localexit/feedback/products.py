@@ -6,8 +6,8 @@ Each number is taken as two of bf16: a = a₁ + a₂ + r with a₁ = bf16(a), a�
     a b ≈ a₂ b₁ + a₁ b₂ + a₁ b₁ = (a₂ | a₁ | a₁) (b₁ | b₂ | b₁)ᵀ,
 
 one product of three times the length. It leaves out a₂ b₂ + r b + a r, at most 2⁻¹⁵ |a| |b| and about 2⁻¹⁹ of the norm
-of many; bf16 by itself leaves out up to 2⁻⁷, TF32 2⁻¹⁰, fp32 2⁻²³. A third term would cost three more products for
-what neither bf16 nor a mirror keeps. From 3.39e38 on, which bf16 rounds to infinity, the result is NaN. PyTorch's
+of many; bf16 by itself leaves out up to 2⁻⁷, TF32 2⁻¹⁰. A third term would cost three more products for
+what neither bf16 nor a mirror keeps. Above 3.396e38, which bf16 rounds to infinity, the result is NaN. PyTorch's
 settings of fp32 products (TF32) do not matter here.
 
 Idea: Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision

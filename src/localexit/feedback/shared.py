@@ -88,8 +88,8 @@ class SharedAnchors(Rows):
             is_counted: bool [M].
             logits: raw forward logits [M, v] of these tokens without the bias, for one part of the vocabulary after
                 another.
-            dtype: of B; sums are in fp32, or fp64 for fp64, and for bf16 on a GPU, which rounds B to it, as exact as
-                `products` says.
+            dtype: of B. Sums are in fp32, in fp64 for fp64. With bf16 on a GPU the solve is as exact as `products`
+                says, and B is rounded.
         """
         sums, count = accumulate_dtype(dtype), is_counted.sum()
         apart = apart_from_mean(hidden.to(sums))

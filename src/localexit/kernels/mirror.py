@@ -108,7 +108,7 @@ def correct_kernel(
 
 @on_its_device
 def residuals(rows: Tensor, apart: Apart, logits: Sequence[Tensor], *, terms: torch.dtype = torch.bfloat16) -> Tensor:
-    """`apart.logits(torch.cat(logits)) - apart.hidden @ rows.T` as if nothing of the hidden states were rounded.
+    """`apart.logits(torch.cat(logits)) - apart.hidden @ rows.T` as if nothing were rounded.
 
     A residual is a small difference of large numbers: the hidden states are taken as a bf16 number and what is left of
     them, which is another one. The logits are not copied, and the rows read once for all pairs of an exit.
