@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from localexit import _checks
-from localexit.feedback.base import Anchors, Error, Tokens, accumulate_dtype, product
-from localexit.feedback.products import left_terms, right_terms
+from localexit.feedback.base import Anchors, Error, Tokens, accumulate_dtype
+from localexit.feedback.products import right_operand, times
 from localexit.feedback.ridge import apart_from_mean, principal_axes, ridge_rows
 from localexit.feedback.sampling import SAMPLING_OPTIONS, Sampling
 
@@ -77,10 +77,8 @@ class LogitAnchors(Sampling):
         if not self.sampled:
             return logits, back
         # Few rows are gathered, each of them should lie together.
-        return logits.contiguous(), right_terms(back) if back.is_cuda and dtype == torch.bfloat16 else back
+        return logits.contiguous(), right_operand(back, dtype)
 
     def forward(self, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
         logits, back = prepared
-        measured = self._times(error, tokens, logits)
-        # The terms of `back`, which is long where few columns are gathered.
-        return product(left_terms(measured) if back.dtype == torch.bfloat16 else measured, back, measured.dtype)
+        return times(self._times(error, tokens, logits), back)

@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from localexit.feedback.base import product
+
 # Products whose sizes are no multiple of some power of two miss the fast kernels; this one is large enough for tiles.
 _TILE = 128
 # Bytes of terms that are made at a time.
@@ -33,6 +35,16 @@ def left_terms(a: Tensor) -> Tensor:
 def right_terms(b: Tensor) -> Tensor:
     """(b₁ | b₂ | b₁)ᵀ for `a @ b`: bf16 [3k, m] for fp32 b [k, m]."""
     return terms(b, 1, 0)
+
+
+def right_operand(b: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `times` takes for fp32 `b`: its terms on a GPU whose results are of `dtype` bf16, else `b` itself."""
+    return right_terms(b) if b.is_cuda and dtype == torch.bfloat16 else b
+
+
+def times(a: Tensor, right: Tensor) -> Tensor:
+    """`a @ b` in the dtype of `a`, for the `right_operand` of b."""
+    return product(left_terms(a) if right.dtype == torch.bfloat16 else a, right, a.dtype)
 
 
 # An operator: a compiler leaves out roundings within what it fuses, and the second term would be zero.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from localexit import _checks
-from localexit.feedback.base import accumulate_dtype, product
-from localexit.feedback.products import left_terms, right_terms
+from localexit.feedback.base import accumulate_dtype
+from localexit.feedback.products import right_operand, times
 from localexit.feedback.ridge import apart_from_mean, ridge_rows
 from localexit.feedback.rows import Rows
 
@@ -93,16 +93,12 @@ class SharedAnchors(Rows):
         """
         sums, count = accumulate_dtype(dtype), is_counted.sum()
         apart = apart_from_mean(hidden.to(sums))
-        back = ridge_rows(apart.hidden, count, self.ridge)
-        is_split = hidden.is_cuda and dtype == torch.bfloat16
-        if is_split:
-            back = right_terms(back)
+        back = right_operand(ridge_rows(apart.hidden, count, self.ridge), dtype)
         # No [M, V] tensor, M is above D; and no parts of B beside it.
         rows, end = hidden.new_empty(self.vocab_size, self.hidden_size, dtype=dtype), 0
         for part in logits:
             start, end = end, end + part.shape[1]
-            measured = apart.logits(part.to(sums)).T
-            rows[start:end] = product(left_terms(measured) if is_split else measured, back, sums)
+            rows[start:end] = times(apart.logits(part.to(sums)).T, back)
         return MeasuredRows(rows=rows, hidden=hidden, is_counted=is_counted, count=count)
 
     def keep(self, measured: MeasuredRows) -> None:
