@@ -159,12 +159,14 @@ def sweep(setting: str, base: str, model: str, steps: str) -> str:
 
 
 def _points(group: Group, swept: Container[str]) -> dict[tuple[str, float, float], Row]:
-    """By method, learning rate and size of W, of methods that were swept; the tuned values are points, too."""
-    rows = [(str(Method.parse(row.method).apart()[0]), row) for row in group.rows]
+    """By method, learning rate and size of W, of methods that were swept; the tuned values are points where none is."""
+    rows = [(*Method.parse(row.method).apart(), row) for row in group.rows]
+    # What comes later stays: the sweep's own.
+    rows.sort(key=lambda found: bool(found[1]))
     return {
-        (method, row.cells[0].config["lr"], row.cells[0].config["unembedding_std"]): row
-        for method, row in rows
-        if method in swept
+        (str(method), row.cells[0].config["lr"], row.cells[0].config["unembedding_std"]): row
+        for method, _, row in rows
+        if str(method) in swept
     }
 
 

@@ -202,6 +202,12 @@ def test_sweep(script: ModuleType, results: Path) -> None:
         "| `dense@unembedding_init=codes` | 0.5 | 3.500, +0.500 | 3.250, +0.250 |",
     ]
     assert "| 3.500 |" in script.tables.sweep("codes", "b9", "mini", "40")
+    # A cell of the sweep is shown as it is, not as the mean over seeds of those with the tuned values.
+    put(results, "own", [cell("mirror@lr=0.001,unembedding_std=0.02", 0, 3.75)])
+    config = replace(BASE, lr=0.001, unembedding_std=0.02)
+    tuned = [cell("mirror", seed, 3.25, config=config) for seed in (0, 1)]
+    put(results, "base", [cell("transport", seed, 3.0) for seed in (0, 1)] + tuned)
+    assert "3.750, +0.750" in script.tables.sweep("own", "base", "mini", "40")
     assert script.tables.sweep("absent", "b0", "mini", "40") == NOT_RUN
 
 
@@ -255,9 +261,12 @@ def test_the_page_names_every_preset_and_control() -> None:
         assert f"| `{name}` |" in text
 
 
-def test_the_committed_settings_are_those_of_the_sweep(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("setting", ["b0", "b1"])
+def test_the_committed_settings_are_those_of_the_sweep(
+    setting: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     committed = script.TUNED.read_text(encoding="utf-8")
     written: list[str] = []
     monkeypatch.setattr(Path, "write_text", lambda _path, text, **_: written.append(text))
-    script.main(["--tune", "b0", str(script.ROOT / "benchmarks/results/b0-sweep.jsonl")])
+    script.main(["--tune", setting, str(script.ROOT / f"benchmarks/results/{setting}-sweep.jsonl")])
     assert written == [committed]
