@@ -203,11 +203,11 @@ def test_sweep(script: ModuleType, results: Path) -> None:
     ]
     assert "| 3.500 |" in script.tables.sweep("codes", "b9", "mini", "40")
     # A cell of the sweep is shown as it is, not as the mean over seeds of those with the tuned values.
-    put(results, "own", [cell("mirror@lr=0.001,unembedding_std=0.02", 0, 3.75)])
+    put(results, "own", [cell("mirror@lr=0.001,unembedding_std=0.02", 0, 3.125)])
     config = replace(BASE, lr=0.001, unembedding_std=0.02)
     tuned = [cell("mirror", seed, 3.25, config=config) for seed in (0, 1)]
     put(results, "base", [cell("transport", seed, 3.0) for seed in (0, 1)] + tuned)
-    assert "3.750, +0.750" in script.tables.sweep("own", "base", "mini", "40")
+    assert "3.125, +0.125" in script.tables.sweep("own", "base", "mini", "40")
     assert script.tables.sweep("absent", "b0", "mini", "40") == NOT_RUN
 
 
