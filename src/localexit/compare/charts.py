@@ -300,7 +300,7 @@ def _mean(estimate: Estimate | None) -> float:
 
 def _margin(estimate: Estimate | None) -> float:
     """Half the interval; nothing to draw where one seed gives none."""
-    return 0.0 if estimate is None or estimate.num_values < 2 else estimate.half_width
+    return math.nan if estimate is None or estimate.num_values < 2 else estimate.half_width
 
 
 def _told(estimate: Estimate) -> str:
