@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from localexit.train.checkpoint import load_checkpoint
 from localexit.train.config import FeedbackSpec, TrainConfig
 from localexit.train.data import load_data
 from localexit.train.devices import resolve_device, resolve_precision
+from localexit.train.stop import StopRequest
 from localexit.train.trainer import NonFiniteError, RunFailedError, StepResult, Trainer
 from train.small_runs import small_config, train_quietly, write_corpus
 
@@ -324,6 +326,21 @@ def test_a_signal_ends_the_step_saves_and_can_be_resumed(
     assert train_quietly(config, run, cache_dir, resume=True).status == "finished"
     train_quietly(config, tmp_path / "whole", cache_dir)
     assert without_times(records(run, "train", "valid")) == without_times(records(tmp_path / "whole", "train", "valid"))
+
+
+def test_a_signal_that_comes_twice_is_one_request_and_one_that_comes_later_ends_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("localexit.train.stop.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    stop = StopRequest()
+    with stop.listening():
+        for clock[0], number in ((100.0, signal.SIGTERM), (100.0, signal.SIGTERM), (100.9, signal.SIGINT)):
+            signal.raise_signal(number)
+        assert stop.signal_number == signal.SIGTERM
+        clock[0] = 101.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_value_that_is_not_finite_ends_the_run_with_its_last_checkpoint(
