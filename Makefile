@@ -61,9 +61,9 @@ test-package:  ## the wheel: built, installed into an empty environment without 
 	cd / && $(CURDIR)/.venv-package/bin/python $(CURDIR)/tests/package.py
 
 mutants: $(STAMP)  ## random mistakes in three rooms: how many their tests notice; goes on where it was stopped
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py feedback 200 runs/mutants/feedback-seed2.jsonl 2 2
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py exits 200 runs/mutants/exits-seed3.jsonl 3 2
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py local 200 runs/mutants/local-seed3.jsonl 3 2
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py feedback 200 runs/mutants/feedback-seed4.jsonl 4 2
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py exits 200 runs/mutants/exits-seed4.jsonl 4 2
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py local 200 runs/mutants/local-seed4.jsonl 4 2
 
 lint: $(STAMP)  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -21,7 +23,9 @@ from localexit import (
     exit_cross_entropy,
     exit_step,
     make_feedback,
+    orthonormal_columns,
 )
+from localexit.exits.loss import LossOptions
 
 WIDTH, VOCAB = 9, 40
 OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.2, "softcap": 3.0}
@@ -188,6 +192,17 @@ def test_the_first_id_past_the_vocabulary_is_refused(mode: Any) -> None:
     head = FactorizedExitHead(WIDTH, VOCAB, mode=mode, rank=4, rank_exact=2)
     with pytest.raises(ValueError, match=f"target has 1 values outside 0..{VOCAB - 1}"):
         head(torch.zeros(2, WIDTH), torch.zeros(VOCAB, WIDTH), torch.tensor([VOCAB - 1, VOCAB]))
+
+
+def test_one_orthonormal_column_of_one_number() -> None:
+    torch.testing.assert_close(orthonormal_columns(1, 1, seed=0).abs(), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("other", [exit_step, ExitHead, LossOptions])
+def test_options_of_the_loss_have_the_same_defaults_everywhere(other: Any) -> None:
+    expected, found = (inspect.signature(each).parameters for each in (exit_cross_entropy, other))
+    for option in fields(LossOptions):
+        assert found[option.name].default == expected[option.name].default, option.name
 
 
 def test_an_update_of_a_head_is_one_of_its_rule() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from localexit import exit_cross_entropy, exit_step, make_feedback
-from localexit.exits import functional, tiled
+from localexit.exits import functional, operators, tiled
 from localexit.exits.chunked import ExitCall, ExitResult, run_exit
 from localexit.exits.reference import reference_exit
 
@@ -107,6 +107,21 @@ def test_the_pass_over_the_chunks_makes_no_dw(monkeypatch: pytest.MonkeyPatch) -
     exit_step(*arguments, feedback=rule, linear_bias=case["bias"], preset="memory", **sums)
     assert asked == [(True, False, False)]
     assert all(tensor.any() for tensor in sums.values())
+
+
+def test_the_chunks_have_the_room_of_a_dw_that_is_still_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    lent: list[int] = []
+
+    def watched(call: ExitCall, **options: Any) -> ExitResult:
+        lent.append(call.spare_bytes)
+        return run_exit(call, **options)
+
+    monkeypatch.setattr(operators, "run_exit", watched)
+    case, rule = make_case(), make_feedback("dense", HIDDEN, VOCAB)
+    for preset, is_frozen in (("memory", False), ("memory", True), ("fast", False)):
+        weight = case["weight"].detach().requires_grad_(not is_frozen)
+        exit_cross_entropy(case["hidden"], weight, case["target"], feedback=rule, preset=preset)
+    assert lent == [case["weight"].nbytes, 0, 0]
 
 
 def test_frozen_parts_get_nothing() -> None:

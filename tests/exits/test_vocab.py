@@ -238,6 +238,8 @@ def with_dtensor() -> tuple[Tensor, Tensor]:
     with pytest.raises(ValueError, match="sharded by rows over a mesh of one dimension"):
         exit_cross_entropy(hidden, distribute_tensor(weight, mesh, [Shard(1)]), target, feedback=made)
     replicated = distribute_tensor(weight, mesh, [Replicate()])
+    with pytest.raises(ValueError, match="grad_weight is a DTensor with placements .* distribute it with"):
+        exit_step(hidden, sharded, target, feedback=made, grad_weight=torch.zeros_like(replicated))
     torch.testing.assert_close(exit_cross_entropy(hidden, replicated, target, feedback=rule("dense")), loss.detach())
     return loss.detach(), sharded.grad.to_local()
 

@@ -42,6 +42,7 @@ def test_unit_codebook_has_unit_rows_around_zero() -> None:
 
 def test_sketch_matrix_has_one_sign_a_row() -> None:
     bucket, sign = count_sketch(50, 7, seed=2)
+    assert (bucket.dtype, sign.dtype) == (torch.int32, torch.int8)
     matrix = sketch_matrix(bucket, sign, 7, torch.float64)
     assert torch.equal(matrix.abs().sum(1), torch.ones(50, dtype=torch.float64))
     assert torch.equal(matrix[torch.arange(50), bucket.long()], sign.double())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from localexit.feedback import draws
 from localexit.feedback.draws import (
+    SEEN_STREAM,
     UNCOUNTED,
     choice_keys,
     choose_exits,
@@ -199,6 +200,8 @@ def test_draws_stay_what_they_were() -> None:
     assert drawn.tolist() == [[1411745, 6674217], [16095428, 680791]]
     keys = choice_keys(3, step(5), 1, torch.tensor([True, False, True]))
     assert keys.tolist() == [691375954529878016, UNCOUNTED + 1, 3595821099239079938]
+    seen = choose_rows(3, step(5), 1, torch.ones(1000, dtype=torch.bool), 4, 0, SEEN_STREAM)
+    assert seen.tolist() == [335, 444, 498, 980]
     assert [choose_exits(3, at, 2, 6) for at in range(4)] == [(1, 4), (3, 4), (1, 2), (1, 5)]
     assert derive_seed(3, "codebook") == 2840616566754166703
 

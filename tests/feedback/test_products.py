@@ -42,6 +42,14 @@ def test_what_is_left_out_is_below_its_bound(num_rows: int, length: int, width: 
     assert float(rounded[0, 0]) > 2**-8
 
 
+def test_the_terms_lie_as_the_product_takes_them() -> None:
+    """Each second term meets a first one, and the firsts each other once."""
+    a, b = operands(7, 33, 5)
+    (a_1, a_2), (b_1, b_2) = ((first, (x - first.float()).bfloat16()) for x in (a, b) for first in [x.bfloat16()])
+    assert torch.equal(left_terms(a), torch.cat([a_2, a_1, a_1], 1))
+    assert torch.equal(right_terms(b), torch.cat([b_1, b_2, b_1]))
+
+
 def test_zeros_and_numbers_of_bf16_are_exact() -> None:
     a, b = (each.bfloat16().float() for each in operands(7, 33, 5))
     a[2], b[:, 1] = 0, 0

@@ -121,6 +121,24 @@ def test_update_counts_steps(name: str) -> None:
     assert int(rule.step) == 2
 
 
+def test_a_forgotten_update_is_noticed_after_512_forwards(recwarn: pytest.WarningsRecorder) -> None:
+    rule = same_options("dense")
+    for num_forwards in range(1, 514):
+        rule.note_forward(0)
+        assert len(recwarn) == (num_forwards >= 512)
+
+
+@pytest.mark.parametrize("end", ["update", "discard"])
+@pytest.mark.parametrize("name", RULES)
+def test_forwards_are_counted_from_the_end_of_a_step(name: str, end: str, recwarn: pytest.WarningsRecorder) -> None:
+    rule = same_options(name)
+    for _ in range(2):
+        for _ in range(511):
+            rule.note_forward(0)
+        getattr(rule, end)()
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_only_declared_draws_change_from_step_to_step_and_exit_to_exit(name: str) -> None:
     inputs, rule = make_inputs(17, WIDTH, VOCAB), small_rule(name, WIDTH, VOCAB)

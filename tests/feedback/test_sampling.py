@@ -10,7 +10,7 @@ from helpers.budget import assert_close
 from helpers.cases import Inputs, make_inputs, small_rule
 from helpers.direct import apply, cross_entropy_error, signed_error
 from localexit.feedback import Error
-from localexit.feedback.groups import by_rows, draw, largest
+from localexit.feedback.groups import by_rows, draw, largest, reduce_groups
 
 
 def whole(name: str, values: Tensor, inputs: Inputs) -> Tensor:
@@ -138,6 +138,10 @@ def test_the_smallest_number_draws_the_first_token_that_can_be_drawn() -> None:
     ids, weights = Error(values=values, scale=torch.ones(1)).sample(torch.zeros(1, 1), torch.tensor([[0]]))
     assert ids.tolist() == [[3]]
     assert weights.tolist() == [[5.0]]
+
+
+def test_a_group_is_128_neighbours_or_what_is_left() -> None:
+    assert reduce_groups(-torch.ones(2, 300), torch.sum).tolist() == [[128, 128, 44]] * 2
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_one_expert_a_token_is_found_too() -> None:
 
 def test_a_router_may_be_a_module_that_returns_its_logits_alone() -> None:
     router, logits = nn.Linear(2, 3), torch.zeros(4, 3)
-    trace = Trace(calls=(Call(module=router, output=logits, start=0, end=1),), output=None, logits=logits)
+    trace = Trace(calls=(Call(module=router, output=logits, start=0),), output=None, logits=logits)
     assert _place(trace, logits) == RouterPlace(module=router, index=None)
 
 
@@ -265,7 +265,6 @@ def router_losses_on_a_rank() -> Tensor:
     return local(token_ids(), token_ids()).router_losses
 
 
-@pytest.mark.slow
 def test_the_mean_over_ranks_is_the_loss_of_a_rank() -> None:
     """Both ranks have the same tokens, so half of the labels each: what either would compute alone."""
     alone = attach(mixture("mixtral"), feedback="transport", backward="stream")(token_ids(), token_ids())

@@ -77,6 +77,11 @@ def test_a_reloaded_model_has_the_same_exits_and_takes_the_same_step(name: str, 
     assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
+def test_the_folder_is_made_with_those_it_is_in(tmp_path: Path) -> None:
+    assert save_exits(attached(build("plain")), tmp_path / "runs" / "mine").is_relative_to(tmp_path / "runs" / "mine")
+    assert (tmp_path / "runs" / "mine" / EXITS_FILE).is_file()
+
+
 def test_a_module_of_the_callers_is_given_again(tmp_path: Path) -> None:
     before = trained("llama", exit_norm=nn.RMSNorm(WIDTH).double())
     save_exits(before, tmp_path)

@@ -403,5 +403,5 @@ class ExactParallelExitHead(nn.Module):
             state = [h.new_empty(shared_weight.shape[0], 0), h.new_empty(h.shape[-1], 0)]
         else:
             state = [self.token_codes, self.Q_base]
-        gain = h.new_ones((), dtype=torch.float32)
+        gain = h.new_ones(())
         return exit_logits(h, shared_weight, targets, state, gain, rule, product_dtype(h, shared_weight))

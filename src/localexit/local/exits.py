@@ -118,8 +118,9 @@ def make_exits(
         Exit(index=i, block_index=block, norm=norm)
         for i, (block, norm) in enumerate(zip(exits_at, (*norms, anatomy.tail), strict=True))
     )
-    for exit_ in exits[:-1]:
-        _check_width(exit_, anatomy)
+    if early:
+        # One for all: their norms are of one kind.
+        _check_width(exits[0], anatomy)
     return exits, added
 
 

@@ -6,7 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ class Call:
 
     module: nn.Module
     start: int
-    end: int = -1
+    end: int = field(init=False)
     output: Any = None
 
     def encloses(self, other: Call) -> bool:
