@@ -25,7 +25,17 @@ MIB = 2**20
 
 @pytest.mark.parametrize(
     ("num_rows", "chunk_bytes", "expected"),
-    [(100, 400, 100), (100, 399, 50), (100, 120, 25), (100, 4, 1), (100, 1, 1), (7, 16, 4), (1, 10**9, 1)],
+    [
+        (100, 400, 100),
+        (100, 399, 50),
+        (100, 120, 25),
+        (100, 4, 1),
+        (100, 1, 1),
+        (7, 16, 4),
+        (1, 10**9, 1),
+        (1000, 1024, 256),
+        (1000, 1023, 250),
+    ],
 )
 def test_a_chunk_is_what_fits_spread_evenly(num_rows: int, chunk_bytes: int, expected: int) -> None:
     assert chunk_rows(num_rows, 2, 2, chunk_bytes) == expected
@@ -174,9 +184,12 @@ class Watched:
     def fused_product(self, call: ExitCall, weight: torch.Tensor) -> Any:
         def run(
             hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, options: LossOptions,
-            *, out: torch.Tensor, need_groups: bool,
+            *, is_counted: torch.Tensor, row_weight: torch.Tensor, clean: torch.Tensor, out: torch.Tensor,
+            need_groups: bool,
         ) -> RowResult:  # fmt: skip
-            PLAIN.logits(hidden, weight, None, out)
+            del row_weight
+            clean.copy_(torch.where(is_counted[:, None], hidden, 0))
+            PLAIN.logits(clean, weight, None, out)
             needs = {"need_error": True, "need_logits": False, "need_groups": need_groups, "need_stats": False}
             result = self.loss_and_error(out, target, options, **needs)
             out.div_(4)

@@ -132,10 +132,10 @@ FOR_LOSS = [2 * N, 3 * N]
 SENT: dict[str, tuple[dict[str, Any], list[int]]] = {
     "dense": ({"rank": R}, [N * R]),
     "sketch": ({"rank": R}, [N * R]),
-    # Tail; the ranks' largest entries and their tokens; entries; head; buckets and signs of the chosen.
+    # Tail; the ranks' largest entries and their tokens; entries; head; what the chosen put into the tail.
     "hybrid": (
         {"rank": R, "rank_exact": 4, "topk": K},
-        [N * 12, 2 * N * K, 2 * N * K, N * (K + 1), N * 4, N * (K + 1), N * (K + 1)],
+        [N * 12, 2 * N * K, 2 * N * K, N * (K + 1), N * 4, N * 12],
     ),
     "parallel": ({}, [N]),
     "parallel_gold": ({"residual_rank": R}, [N, N, N * R]),

@@ -28,8 +28,6 @@ def code_of(values: Tensor, target: Tensor, *, topk: int, buckets: int) -> tuple
         error,
         target,
         exact=torch.eye(VOCAB, dtype=torch.float64),
-        bucket=bucket,
-        sign=sign,
         sketch=sketch_matrix(bucket, sign, buckets, torch.float64),
         topk=topk,
     )

@@ -159,7 +159,11 @@ def test_the_product_with_exponentials_equals_two_kernels(
     expected_values = hidden.float() @ weight.float().T
     expected = error_pass(expected_values, target, options, bias=None, need_groups=True)
     values = torch.full((num_tokens, vocab_size), torch.nan, device="cuda", dtype=torch.bfloat16)
-    got = product_pass(hidden, weight, target, options, out=values, need_groups=True)
+    row_weight, is_counted = torch.rand(num_tokens, device="cuda"), torch.ones_like(target, dtype=torch.bool)
+    rows = {"is_counted": is_counted, "row_weight": row_weight, "clean": torch.full_like(hidden, torch.nan)}
+    got = product_pass(hidden, weight, target, options, **rows, out=values, need_groups=True)
+    assert torch.equal(rows["clean"], hidden)
+    assert torch.equal(got.weighted_scale, row_weight * got.scale)
     error, expected_error = (v.float() * r.scale[:, None] for v, r in ((values, got), (expected_values, expected)))
     assert torch.allclose(got.gold_logit, expected.gold_logit, rtol=1e-5, atol=1e-4)
     if spread > 60:

@@ -14,7 +14,7 @@ from localexit.exits.loss import LossOptions, tile_error
 from localexit.feedback import make_feedback
 from localexit.feedback.groups import GROUP, reduce_groups
 from localexit.kernels import stages
-from localexit.kernels.launch import product_pass, product_tile, takes_product
+from localexit.kernels.launch import ErrorPass, product_pass, product_tile, takes_product
 from localexit.kernels.stages import TRITON
 
 # The interpreter computes with numpy, which warns of the infinities that the kernels rely on.
@@ -29,6 +29,21 @@ def make_case(num_rows: int, width: int, vocab_size: int, spread: float) -> tupl
     return hidden, weight, torch.randint(vocab_size, (num_rows,), generator=generator)
 
 
+def run_pass(
+    hidden: Tensor, weight: Tensor, target: Tensor, options: LossOptions, *, out: Tensor, need_groups: bool = False
+) -> ErrorPass:
+    """`product_pass` of rows that all count, with a weight of 3."""
+    num_rows = len(hidden)
+    is_counted, row_weight = torch.ones(num_rows, dtype=torch.bool), torch.full((num_rows,), 3.0)
+    clean = torch.full((num_rows, hidden.shape[1]), torch.nan)
+    rows = {"is_counted": is_counted, "row_weight": row_weight, "clean": clean}
+    result = product_pass(hidden, weight, target, options, **rows, out=out, need_groups=need_groups)
+    assert result.weighted_scale is not None
+    assert torch.equal(result.weighted_scale, 3 * result.scale)
+    assert torch.equal(clean, hidden)
+    return result
+
+
 # 130 rows: more than a tile; 520 columns: three tiles, the last of less than a group. With a spread of 60 maxima are
 # far more than 60 above gold: repaired.
 @pytest.mark.parametrize("spread", [0.0, 1.0, 10.0, 60.0])
@@ -39,7 +54,7 @@ def test_it_equals_the_plain_step(num_rows: int, width: int, vocab_size: int, sp
     expected_error = (hidden.double() @ weight.double().T).float()
     expected = plain_pass(expected_error, target, options)
     values = torch.full((num_rows, vocab_size), torch.nan)
-    result = product_pass(hidden, weight, target, options, out=values, need_groups=True)
+    result = run_pass(hidden, weight, target, options, out=values, need_groups=True)
     error = values * result.scale[:, None]
     assert (error - expected_error).abs().max() <= 1e-5 * expected_error.abs().max()
     assert torch.allclose(result.loss, expected.loss, rtol=1e-5, atol=1e-5)
@@ -59,9 +74,33 @@ def test_a_confident_target_keeps_its_small_error() -> None:
     weight[7, 0] = 19.5
     target = torch.tensor([7])
     values = torch.empty(1, 304)
-    result = product_pass(hidden, weight, target, LossOptions(), out=values)
+    result = run_pass(hidden, weight, target, LossOptions(), out=values)
     others = 303 * torch.exp(torch.tensor(-19.5, dtype=torch.float64))
     assert float(values[0, 7] * result.scale[0]) == pytest.approx(float(-others / (1 + others)), rel=1e-4)
+
+
+@pytest.mark.parametrize("spread", [1.0, 60.0])
+def test_rows_that_do_not_count_are_taken_as_zero(spread: float) -> None:
+    """Whatever they hold, and from hidden states that lie column by column."""
+    hidden, weight, target = make_case(130, 72, 520, spread)
+    is_counted = torch.ones(130, dtype=torch.bool)
+    is_counted[[3, 129]] = False
+    zeros = torch.where(is_counted[:, None], hidden, 0)
+    rows = {"row_weight": torch.linspace(-1, 1, 130), "need_groups": True}
+    results, outs, cleans = [], torch.full((2, 130, 520), torch.nan), torch.full((2, 130, 72), torch.nan)
+    poisoned = torch.where(is_counted[:, None], hidden, torch.nan).T.contiguous().T
+    everything = torch.ones(130, dtype=torch.bool)
+    for given, counts, out, clean in (
+        (poisoned, is_counted, outs[0], cleans[0]),
+        (zeros, everything, outs[1], cleans[1]),
+    ):
+        results.append(
+            product_pass(given, weight, target, LossOptions(), is_counted=counts, clean=clean, out=out, **rows)
+        )
+    assert torch.equal(cleans[0], zeros)
+    assert torch.equal(outs[0], outs[1])
+    for part in ("loss", "gold_logit", "log_prob", "scale", "weighted_scale", "group_max", "group_sum"):
+        assert torch.equal(getattr(results[0], part), getattr(results[1], part))
 
 
 def test_a_common_offset_changes_nothing() -> None:
@@ -72,7 +111,7 @@ def test_a_common_offset_changes_nothing() -> None:
     results = []
     for w in (weight, shifted):
         values = torch.empty(4, 256)
-        result = product_pass(hidden, w, target, LossOptions(), out=values)
+        result = run_pass(hidden, w, target, LossOptions(), out=values)
         results.append((result.loss, values * result.scale[:, None]))
     assert torch.allclose(results[0][0], results[1][0], atol=5e-3)
     assert torch.allclose(results[0][1], results[1][1], atol=5e-3)
@@ -87,9 +126,9 @@ def test_a_final_tile_equals_the_plain_step() -> None:
     hidden[3] = torch.nan
     for columns in (slice(0, 256), slice(256, 520)):
         expected, values = plain[:, columns].clone(), torch.full((130, columns.stop - columns.start), torch.nan)
-        moved = target - columns.start
-        tile_error(expected, moved, rows.gold_logit, rows.log_prob, is_counted, LossOptions(), 520, None)
-        product_tile(hidden, weight[columns], moved, rows.gold_logit, rows.log_prob, is_counted, values)
+        known = (target, rows.gold_logit, rows.log_prob, is_counted)
+        tile_error(expected, *known, LossOptions(), 520, None, columns.start)
+        product_tile(hidden, weight[columns], *known, values, columns.start)
         assert torch.allclose(values, expected, rtol=1e-4, atol=1e-6)
         assert not values[3].any()
 

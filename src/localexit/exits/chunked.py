@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from localexit.feedback.groups import GROUP, reduce_groups
 
 # weight_grad="filtered" leaves out errors below this, for a row weight of one: what bf16 does not see next to 1.
 FILTER_THRESHOLD = 2.0**-12
+
+# Chunks and tiles begin where products like their operands to begin.
+ALIGNMENT = 128
 
 # Bytes of a chunk in the memory preset: fewer, and the products read the weight more often than they compute; with
 # more, chunk and hidden states would take more than 256 MiB.
@@ -128,7 +132,8 @@ class Stages:
         logits: fills a buffer [n, V] with the logits of a chunk.
         loss_and_error: turns the buffer into the values of the error, see `exits.loss.loss_and_error`.
         fused_product: what does `logits` and `loss_and_error` at once, from hidden, weight in the compute dtype, target
-            and options; None where nothing does.
+            and options; None where nothing does. It also makes the hidden states of rows that do not count zero, in
+            `clean`, and may multiply the scale by the row weight.
         tile_error: as `loss_and_error` for a tile of columns, when the gold token's logit and log-probability are
             known, see `exits.loss.tile_error`.
         fused_tile: the same for `logits` and `tile_error`, from a tile of the weight.
@@ -148,7 +153,7 @@ class Stages:
     loss_and_error: Callable[..., RowResult]
     fused_product: Callable[[ExitCall, Tensor], Callable[..., RowResult] | None]
     fused_tile: Callable[[LossCall, Tensor], Callable[..., None] | None]
-    tile_error: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, LossOptions, int, Tensor | None], None]
+    tile_error: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, LossOptions, int, Tensor | None, int], None]
     add_weight_grad: Callable[[Tensor | None, Tensor, Tensor], Tensor]
     add_filtered_weight_grad: Callable[[Tensor | None, Tensor, Tensor, Tensor, RowResult], Tensor]
     view: Callable[[Tensor, Tensor, RowResult], Error]
@@ -263,8 +268,8 @@ def run_exit(
         stages: the steps to use, those of a backend.
     """
     loop = _Loop(call, stages, weight_grad, bias_grad)
-    for rows in loop.chunks:
-        loop.step(rows)
+    for chunk in loop.chunks:
+        loop.step(chunk)
     return loop.result()
 
 
@@ -272,7 +277,9 @@ def chunk_rows(num_rows: int, vocab_size: int, itemsize: int, chunk_bytes: int) 
     """Tokens a chunk: as many rows of V numbers as fit the budget, at least one, evenly spread over the chunks."""
     most = max(1, min(num_rows, chunk_bytes // (vocab_size * itemsize)))
     num_chunks = -(-num_rows // most)
-    return -(-num_rows // num_chunks)
+    even = -(-num_rows // num_chunks)
+    aligned = -(-even // ALIGNMENT) * ALIGNMENT
+    return aligned if aligned <= most else even
 
 
 def _default_chunk_bytes(call: ExitCall, stages: Stages) -> int:
@@ -283,20 +290,41 @@ def _default_chunk_bytes(call: ExitCall, stages: Stages) -> int:
     return budget // 2 if call.need_hidden and call.rule.needs_logits else budget
 
 
-def _chunks(call: ExitCall, stages: Stages) -> Sequence[slice]:
-    num_rows = call.hidden.shape[0]
-    if num_rows == 0:
-        return []
+def _num_chunk_rows(call: ExitCall, stages: Stages) -> int:
     budget = call.chunk_bytes or _default_chunk_bytes(call, stages)
     # Ranks that share the unembedding go through the same chunks.
     num_columns = call.weight.shape[0] if call.vocab is None else call.vocab.largest_shard
-    size = chunk_rows(num_rows, num_columns, stages.buffer_dtype(call).itemsize, budget)
-    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+    return chunk_rows(call.hidden.shape[0], num_columns, stages.buffer_dtype(call).itemsize, budget)
+
+
+def is_in_vocabulary(target: Tensor, vocab_size: int) -> Tensor:
+    """Which of these are in 0..V-1."""
+    return target == target.clamp(0, vocab_size - 1)
 
 
 def storage_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of a gradient until the upstream factor is known: fp16 cannot hold 1/count, and waits in fp32."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+class _Chunk(NamedTuple):
+    """Some rows of what an exit has for each token.
+
+    Attributes:
+        hidden: [n, D], as the exit got them.
+        is_counted: bool [n].
+        target: int64 [n], 0 where not counted.
+        row_weight: [n], 0 where not counted.
+        uniforms: [n, m], or None.
+        feedback: [n, D], where the rule's is written, or None.
+    """
+
+    hidden: Tensor
+    is_counted: Tensor
+    target: Tensor
+    row_weight: Tensor
+    uniforms: Tensor | None
+    feedback: Tensor | None
 
 
 class _Loop:
@@ -309,9 +337,9 @@ class _Loop:
         self.value_dtype = stages.value_dtype(call)
         vocab_size = call.weight.shape[0]
         # On a GPU the host launches every one of the small operations here, and many exits wait for that.
-        is_counted = call.target != call.options.ignore_index
-        self.is_counted = is_counted & (call.target == call.target.clamp(0, call.vocab_size - 1))
-        self.is_bad = is_counted != self.is_counted
+        is_meant = call.target != call.options.ignore_index
+        self.is_counted = is_meant & is_in_vocabulary(call.target, call.vocab_size)
+        self.is_bad = is_meant != self.is_counted
         if not call.hidden.is_cuda:
             # Looking costs a synchronisation on a GPU: there the loss becomes NaN instead, and the stats say why.
             _checks.targets_in_range(self.is_bad, call.target, call.vocab_size, call.options.ignore_index)
@@ -322,7 +350,9 @@ class _Loop:
         self.weight = call.weight.to(call.compute_dtype)
         self.bias = None if call.bias is None else call.bias.to(self.sum_dtype)
         self.fused_product = stages.fused_product(call, self.weight)
-        self.chunks = _chunks(call, stages)
+        self.need_groups = (call.need_hidden and call.rule.selects) or (call.need_weight and call.is_filtered)
+        size = _num_chunk_rows(call, stages) if len(call.hidden) else 0
+        self.num_chunks = -(-len(call.hidden) // size) if size else 0
         self.weight_grad = self._weight_accumulator(weight_grad)
         self.bias_grad = self._accumulator(bias_grad, (vocab_size,), call.need_bias)
         self.feedback = (
@@ -333,11 +363,17 @@ class _Loop:
         self.prepared: tuple[Tensor, ...] | None = None
         # Of each chunk loss, gold_logit, log_prob, argmax and entropy.
         self.kept: list[tuple[Tensor, ...]] = []
-        self.buffer = call.hidden.new_empty(self._most_rows(), vocab_size, dtype=stages.buffer_dtype(call))
+        self.buffer = call.hidden.new_empty(size, vocab_size, dtype=stages.buffer_dtype(call))
         self.scratch: Tensor | None = None
+        self.chunks = self._chunks(size)
 
-    def _most_rows(self) -> int:
-        return max((rows.stop - rows.start for rows in self.chunks), default=0)
+    def _chunks(self, size: int) -> Sequence[_Chunk]:
+        """What there is for each token, in parts of so many: taken apart at once, and not anew for every chunk."""
+        of_tokens = (
+            self.call.hidden, self.is_counted, self.target, self.scale, self.call.uniforms, self.feedback,
+        )  # fmt: skip
+        parts = ([None] * self.num_chunks if tokens is None else tokens.split(size) for tokens in of_tokens)
+        return [_Chunk(*chunk) for chunk in zip(*parts, strict=True)] if size else []
 
     def _accumulator(self, given: Tensor | None, shape: Sequence[int], is_needed: bool) -> Tensor | None:
         if not is_needed:
@@ -347,8 +383,8 @@ class _Loop:
     def _weight_accumulator(self, given: Tensor | None) -> Tensor | None:
         # The first chunk's product starts the sum if it has its dtype. One chunk whose product has the gradient's own
         # dtype is rounded once: it needs no accumulator.
-        is_whole = len(self.chunks) == 1 and self.value_dtype == self.call.weight.dtype
-        is_sum = len(self.chunks) > 0 and self.value_dtype == self.sum_dtype
+        is_whole = self.num_chunks == 1 and self.value_dtype == self.call.weight.dtype
+        is_sum = self.num_chunks > 0 and self.value_dtype == self.sum_dtype
         if given is None and (is_whole or is_sum):
             return None
         return self._accumulator(given, self.call.weight.shape, self.call.need_weight)
@@ -369,7 +405,7 @@ class _Loop:
             return call.rule.prepare(None, self.value_dtype)
         is_counted = self.is_counted[rows]
         hidden = self._clean(call.hidden[rows], is_counted)
-        if len(self.chunks) > 1 or logits.dtype != self.sum_dtype or self.fused_product is not None:
+        if self.num_chunks > 1 or logits.dtype != self.sum_dtype or self.fused_product is not None:
             return call.rule.prepare(measure(hidden, self.weight, is_counted), self.value_dtype)
         measured = logits[rows]
         if self.bias is not None and self.stages.has_bias:
@@ -377,64 +413,83 @@ class _Loop:
         anchors = Anchors(hidden=hidden, logits=measured, count=is_counted.sum())
         return call.rule.prepare(anchors, self.value_dtype)
 
-    def step(self, rows: slice) -> None:
+    def step(self, chunk: _Chunk) -> None:
         call = self.call
-        hidden = self._clean(call.hidden[rows], self.is_counted[rows])
-        logits = self.buffer[: rows.stop - rows.start]
-        need_groups = (call.need_hidden and call.rule.selects) or (call.need_weight and call.is_filtered)
-        if self.fused_product is None:
-            self.stages.logits(hidden, self.weight, self.bias, logits)
-        if call.need_hidden and self.prepared is None:
-            self.prepared = self._prepare(logits)
-        if self.fused_product is not None:
-            result = self.fused_product(
-                hidden, self.weight, self.target[rows], call.options, out=logits, need_groups=need_groups
-            )
-        else:
-            result = self.stages.loss_and_error(
-                logits,
-                self.target[rows],
-                call.options,
-                bias=self.bias,
-                need_error=call.need_error,
-                need_logits=call.need_hidden and call.rule.needs_logits,
-                need_groups=need_groups,
-                need_stats=call.need_stats,
-                scratch=self.scratch,
-            )
+        logits = self.buffer[: len(chunk.hidden)]
+        hidden, result = (self._plain if self.fused_product is None else self._fused)(chunk, logits)
         self.scratch = result.raw
         self.kept.append((result.loss, result.gold_logit, result.log_prob, result.argmax, result.entropy))
         if call.need_error:
             values = logits.to(self.value_dtype)
-            scale = self.scale[rows] if result.scale is None else self.scale[rows] * result.scale
-            self._add_grads(rows, hidden, values, scale, result)
-            self._add_feedback(rows, hidden, values, scale, result)
+            scale = result.weighted_scale
+            if scale is None:
+                scale = chunk.row_weight if result.scale is None else chunk.row_weight * result.scale
+            self._add_grads(chunk, hidden, values, scale, result)
+            self._add_feedback(chunk, hidden, values, scale, result)
 
-    def _add_grads(self, rows: slice, hidden: Tensor, values: Tensor, scale: Tensor, result: RowResult) -> None:
+    def _plain(self, chunk: _Chunk, logits: Tensor) -> tuple[Tensor, RowResult]:
+        """Logits, then loss and error in their place; the hidden states they are made from."""
+        hidden = self._clean(chunk.hidden, chunk.is_counted)
+        self.stages.logits(hidden, self.weight, self.bias, logits)
+        self._prepare_once(logits)
+        return hidden, self.stages.loss_and_error(
+            logits,
+            chunk.target,
+            self.call.options,
+            bias=self.bias,
+            need_error=self.call.need_error,
+            need_logits=self.call.need_hidden and self.call.rule.needs_logits,
+            need_groups=self.need_groups,
+            need_stats=self.call.need_stats,
+            scratch=self.scratch,
+        )
+
+    def _fused(self, chunk: _Chunk, logits: Tensor) -> tuple[Tensor, RowResult]:
+        """The same in one."""
+        assert self.fused_product is not None, "the caller looked"
+        self._prepare_once(logits)
+        clean = chunk.hidden.new_empty(chunk.hidden.shape, dtype=self.call.compute_dtype)
+        return clean, self.fused_product(
+            chunk.hidden,
+            self.weight,
+            chunk.target,
+            self.call.options,
+            is_counted=chunk.is_counted,
+            row_weight=chunk.row_weight,
+            clean=clean,
+            out=logits,
+            need_groups=self.need_groups,
+        )
+
+    def _prepare_once(self, logits: Tensor) -> None:
+        if self.call.need_hidden and self.prepared is None:
+            self.prepared = self._prepare(logits)
+
+    def _add_grads(self, chunk: _Chunk, hidden: Tensor, values: Tensor, scale: Tensor, result: RowResult) -> None:
         if self.call.need_weight:
             scaled = torch.mul(hidden, scale[:, None], out=hidden.new_empty(hidden.shape, dtype=values.dtype))
             if self.call.is_filtered:
                 self.weight_grad = self.stages.add_filtered_weight_grad(
-                    self.weight_grad, values, scaled, self.target[rows], result
+                    self.weight_grad, values, scaled, chunk.target, result
                 )
             else:
                 self.weight_grad = self.stages.add_weight_grad(self.weight_grad, values, scaled)
         if self.bias_grad is not None:
             self.bias_grad += product(values.T, scale[:, None].to(values.dtype), self.sum_dtype)[:, 0]
 
-    def _add_feedback(self, rows: slice, hidden: Tensor, values: Tensor, scale: Tensor, result: RowResult) -> None:
-        if self.feedback is None or self.prepared is None:
+    def _add_feedback(self, chunk: _Chunk, hidden: Tensor, values: Tensor, scale: Tensor, result: RowResult) -> None:
+        if chunk.feedback is None or self.prepared is None:
             return
         error = self.stages.view(values, scale, result)
         tokens = Tokens(
             hidden=hidden,
-            target=self.target[rows],
+            target=chunk.target,
             logits=result.raw,
-            log_normaliser=result.lse,
+            log_normaliser=result.lse if self.call.rule.needs_logits else None,
             softcap=self.call.options.softcap,
-            uniforms=None if self.call.uniforms is None else self.call.uniforms[rows],
+            uniforms=chunk.uniforms,
         )
-        self.feedback[rows] = self.stages.feedback(self.call.rule, error, tokens, self.prepared)
+        chunk.feedback.copy_(self.stages.feedback(self.call.rule, error, tokens, self.prepared))
 
     def _rows(self) -> tuple[Tensor, ...]:
         """What was kept, of all tokens; zero on those that do not count, empty where it was not asked for."""
@@ -442,8 +497,12 @@ class _Loop:
             none = self.scale.new_empty(0)
             return none, none.clone(), none.clone(), self.target.new_empty(0), none.clone()
         is_left_out = ~self.is_counted
-        columns = (joined(parts) for parts in zip(*self.kept, strict=True))
-        return tuple(column.masked_fill_(is_left_out, 0) if column.numel() else column for column in columns)
+        columns = tuple(zip(*self.kept, strict=True))
+        loss, gold_logit, log_prob = (joined(parts).masked_fill_(is_left_out, 0) for parts in columns[:3])
+        if not self.call.need_stats:
+            return loss, gold_logit, log_prob, self.target.new_empty(0), loss.new_empty(0)
+        argmax, entropy = (joined(parts).masked_fill_(is_left_out, 0) for parts in columns[3:])
+        return loss, gold_logit, log_prob, argmax, entropy
 
     def result(self) -> ExitResult:
         loss, gold_logit, log_prob, argmax, entropy = self._rows()

@@ -254,8 +254,6 @@ class HybridTopKTailSketchCompressor(nn.Module):
                 error,
                 targets.reshape(-1).long().clamp(0, self.vocab_size - 1),
                 exact=self.exact_codes,
-                bucket=self.bucket,
-                sign=self.sign,
                 sketch=sketch[:, : self.rank_tail],
                 topk=self.topk,
             )

@@ -37,6 +37,7 @@ class RowResult:
         argmax: int64 [n], or empty when no statistics were asked for.
         entropy: [n] in nats, or empty likewise.
         scale: [n], the error is this times what stands in place of the logits; None means one.
+        weighted_scale: [n], the scale times the row weight, from a step that knew it.
         raw: [n, V] the raw logits, kept only where something needs them.
         logit_product: [n] `<error, z - b>`, for rules with `needs_logits`.
     """
@@ -47,6 +48,7 @@ class RowResult:
     argmax: Tensor
     entropy: Tensor
     scale: Tensor | None = None
+    weighted_scale: Tensor | None = None
     raw: Tensor | None = None
     logit_product: Tensor | None = None
 
@@ -167,6 +169,7 @@ def tile_error(
     options: LossOptions,
     vocab_size: int,
     bias: Tensor | None,
+    first: int = 0,
 ) -> None:
     """Turn a tile of raw logits [N, n] into the error for row weight one, in place.
 
@@ -175,13 +178,14 @@ def tile_error(
 
     Args:
         logits: fp32 or fp64, bias included; overwritten.
-        target: integer [N], relative to the tile: outside 0..n-1 where the gold token is elsewhere.
+        target: integer [N].
         gold_logit: [N], as the first pass saw it.
         log_prob: [N], of the gold token.
         is_counted: bool [N]; other rows become zero, whatever they hold.
         options: options of the loss.
         vocab_size: V of the whole vocabulary.
         bias: part of the logits already.
+        first: the tile's first token; the gold token may be elsewhere.
     """
     del bias
     slope = None
@@ -195,6 +199,7 @@ def tile_error(
         probs.mul_(scale[:, None])
     # p - 1 of a confident prediction from its logarithm: the difference would be one of rounded terms.
     gold_error = (scale - 1) * log_prob.exp() + log_prob.expm1() + options.label_smoothing
+    target = target - first
     is_here = (target >= 0) & (target < logits.shape[1])
     gold = torch.where(is_here, target, 0).long()[:, None]
     probs.scatter_(1, gold, torch.where(is_here, gold_error, probs[:, 0])[:, None])

@@ -11,14 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from localexit.exits.chunked import LossCall, Stages
+from localexit.exits.chunked import ALIGNMENT, LossCall, Stages, is_in_vocabulary
 from localexit.feedback.base import product
 
 # Bytes of one tile [N, columns] of logits, by device type; on a GPU of the tile and the scaled hidden states together:
 # with 256 MiB in all, the rest is for the allocator and for what the rule keeps.
 TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 176 * 2**20}
-# Tiles begin where products like their operands to begin.
-_ALIGNMENT = 128
 
 
 def add_tiled_grads(
@@ -41,34 +39,41 @@ def add_tiled_grads(
         bias_grad: accumulator in the accumulation dtype, or None.
     """
     vocab_size = call.weight.shape[0]
-    is_counted = call.target != call.options.ignore_index
-    is_counted &= (call.target >= 0) & (call.target < vocab_size)
-    scale = torch.where(is_counted, call.row_weight, 0)[:, None]
+    is_counted = (call.target != call.options.ignore_index) & is_in_vocabulary(call.target, vocab_size)
+    # A number of the host would be copied to the device.
+    zero = call.hidden.new_zeros(())
+    scale = torch.where(is_counted, call.row_weight, zero)[:, None]
     value_dtype = stages.value_dtype(call)
-    scaled = torch.where(is_counted[:, None], call.hidden, 0).mul(scale).to(value_dtype)
+    clean = torch.where(is_counted[:, None], call.hidden, zero)
+    scaled = torch.mul(clean, scale, out=clean.new_empty(clean.shape, dtype=value_dtype))
+    del clean
     hidden = call.hidden.to(call.compute_dtype)
     buffer_dtype = stages.buffer_dtype(call)
     columns = _tile_columns(len(hidden), buffer_dtype.itemsize, scaled)
     buffer = hidden.new_empty(len(hidden) * min(columns, vocab_size), dtype=buffer_dtype)
-    for start in range(0, vocab_size, columns):
-        tile = slice(start, min(start + columns, vocab_size))
-        bias = None if call.bias is None else call.bias[tile].to(scale.dtype)
-        logits = buffer[: len(hidden) * (tile.stop - start)].view(len(hidden), tile.stop - start)
-        weight, target = call.weight[tile].to(call.compute_dtype), call.target - start
+    of_tokens = (call.weight, call.bias, weight_grad, bias_grad)
+    starts = range(0, vocab_size, columns)
+    tiles = ([None] * len(starts) if tensor is None else tensor.split(columns) for tensor in of_tokens)
+    for start, weight, bias, weight_sum, bias_sum in zip(starts, *tiles, strict=True):
+        weight = weight.to(call.compute_dtype)
+        bias = None if bias is None else bias.to(scale.dtype)
+        logits = buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))
         fused_tile = stages.fused_tile(call, weight)
         if fused_tile is not None:
-            fused_tile(hidden, weight, target, gold_logit, log_prob, is_counted, logits)
+            fused_tile(hidden, weight, call.target, gold_logit, log_prob, is_counted, logits, start)
         else:
             stages.logits(hidden, weight, bias, logits)
-            stages.tile_error(logits, target, gold_logit, log_prob, is_counted, call.options, vocab_size, bias)
+            stages.tile_error(
+                logits, call.target, gold_logit, log_prob, is_counted, call.options, vocab_size, bias, start
+            )
         values = logits.to(value_dtype)
-        if weight_grad is not None:
-            stages.add_weight_grad(weight_grad[tile], values, scaled)
-        if bias_grad is not None:
-            bias_grad[tile] += product(values.T, scale.to(value_dtype), bias_grad.dtype)[:, 0]
+        if weight_sum is not None:
+            stages.add_weight_grad(weight_sum, values, scaled)
+        if bias_sum is not None:
+            bias_sum += product(values.T, scale.to(value_dtype), bias_sum.dtype)[:, 0]
 
 
 def _tile_columns(num_rows: int, itemsize: int, scaled: Tensor) -> int:
     budget = TILE_BYTES.get(scaled.device.type, TILE_BYTES["cpu"]) - (scaled.nbytes if scaled.is_cuda else 0)
     columns = max(1, budget // (max(num_rows, 1) * itemsize))
-    return columns // _ALIGNMENT * _ALIGNMENT or columns
+    return columns // ALIGNMENT * ALIGNMENT or columns

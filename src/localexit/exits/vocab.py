@@ -154,11 +154,6 @@ class ShardedError(Error):
         local, is_here = self.vocab.local(ids)
         return self.vocab.total(super().gather(local) * is_here)
 
-    def lookup(self, table: Tensor, ids: Tensor) -> Tensor:
-        """As `Error.lookup`, for this rank's rows of the table."""
-        local, is_here = self.vocab.local(ids)
-        return self.vocab.total(torch.where(is_here, table[local], 0))
-
     def topk(self, k: int, exclude: Tensor) -> Tensor:
         """As `Error.topk`: the largest of the ranks' largest."""
         found = self._without(exclude[:, None], -1.0).topk(min(k, self.values.shape[1]))

@@ -67,10 +67,6 @@ class Error:
         """V, how many tokens there are."""
         return self.values.shape[1]
 
-    def lookup(self, table: Tensor, ids: Tensor) -> Tensor:
-        """`table[ids]` for a table [V] and int64 ids [n, k]: [n, k]."""
-        return table[ids]
-
     def gather(self, ids: Tensor) -> Tensor:
         """The entries e[i, ids[i, j]] for int64 ids [n, k]: [n, k]."""
         return self._scaled(self.values.gather(1, ids))
@@ -78,6 +74,15 @@ class Error:
     def topk(self, k: int, exclude: Tensor) -> Tensor:
         """Ids [n, k] of the k entries largest in magnitude, leaving out `exclude` [n] (the gold token)."""
         return largest(self.values, k, exclude)
+
+    def kept(self, k: int, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The gold token, target [n], and the k largest others, at most V - 1: ids, all different, and their entries.
+
+        Returns:
+            ids int64 [n, 1 + k] and entries [n, 1 + k].
+        """
+        ids = torch.cat([target[:, None], self.topk(min(k, self.vocab_size - 1), target)], dim=1)
+        return ids, self.gather(ids)
 
     def dot_logits(self) -> Tensor:
         """`<e, z - b>` with the raw logits z: [n]."""
@@ -110,9 +115,9 @@ class Error:
         Returns:
             ids int64 [n, 1 + k + m] and weights [n, 1 + k + m]; eq. (12) is their sum of weighted rows.
         """
-        kept = torch.cat([target[:, None], self.topk(min(k, self.vocab_size - 1), target)], dim=1)
+        kept, entries = self.kept(k, target)
         drawn, weights = self.sample(uniforms, kept)
-        return torch.cat([kept, drawn], dim=1), torch.cat([self.gather(kept), weights], dim=1)
+        return torch.cat([kept, drawn], dim=1), torch.cat([entries, weights], dim=1)
 
     def weighted_rows(self, ids: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
         """Σ_j weights[i, j] rows[ids[i, j]] for each i, without a [n, k, D] tensor: [n, D] in the weights' dtype."""
@@ -152,7 +157,7 @@ class Tokens:
         hidden: [n, D] what the exit received; zero on ignored rows.
         target: int64 [n] the gold token; 0 on ignored rows.
         logits: [n, V] raw logits, for rules with `needs_logits`, else None.
-        log_normaliser: [n] log-sum-exp of the logits the loss saw.
+        log_normaliser: [n] log-sum-exp of the logits the loss saw, likewise.
         softcap: the logits' soft cap, if any.
         uniforms: fp32 [n, m] for rules with `num_draws`, else None.
     """

@@ -32,11 +32,9 @@ class _Factorized(Feedback):
         self.gain = _checks.finite("gain", gain)
         self.register_buffer("expander", orthonormal_expander(self.hidden_size, rank, seed=self.seed))
 
-    def _expand(self, code: Tensor, expander: Tensor) -> Tensor:
-        return self.gain * (code @ expander.T)
-
-    def _expander_for(self, dtype: torch.dtype) -> Tensor:
-        return self.expander.to(accumulate_dtype(dtype))
+    def _scaled_expander(self, dtype: torch.dtype) -> Tensor:
+        """The expander times the gain, in the dtype that sums are kept in: once a call, not once a chunk of tokens."""
+        return self.gain * self.expander.to(accumulate_dtype(dtype))
 
 
 class Dense(_Factorized):
@@ -98,11 +96,11 @@ class Dense(_Factorized):
         return scale * self.codebook @ self.expander.T
 
     def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return self.codebook.to(dtype), self._expander_for(dtype)
+        return self.codebook.to(dtype), self._scaled_expander(dtype)
 
     def forward(self, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
         codebook, expander = prepared
-        return self._expand(error.matmul(codebook), expander)
+        return error.matmul(codebook) @ expander.T
 
 
 class Sketch(_Factorized):
@@ -142,25 +140,21 @@ class Sketch(_Factorized):
         self._add_expander(self.rank, gain)
 
     def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return sketch_matrix(self.bucket, self.sign, self.rank, dtype), self._expander_for(dtype)
+        return sketch_matrix(self.bucket, self.sign, self.rank, dtype), self._scaled_expander(dtype)
 
     def forward(self, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
         sketch, expander = prepared
-        return self._expand(error.matmul(sketch), expander)
+        return error.matmul(sketch) @ expander.T
 
 
-def hybrid_code(
-    error: Error, target: Tensor, *, exact: Tensor, bucket: Tensor, sign: Tensor, sketch: Tensor, topk: int
-) -> Tensor:
+def hybrid_code(error: Error, target: Tensor, *, exact: Tensor, sketch: Tensor, topk: int) -> Tensor:
     """C(e) = [e_S Q, sketch(e - e_S)] with S = {gold} ∪ top-k of |e| without gold; eq. (7).
 
     Args:
         error: the error of n tokens.
         target: int64 [n] gold tokens.
         exact: Q [V, R_exact], may have no column: then S is empty and everything is sketched.
-        bucket: integer [V].
-        sign: [V], ±1.
-        sketch: the same sketch as a matrix [V, R_tail], may have no column.
+        sketch: the CountSketch as a matrix [V, R_tail], may have no column.
         topk: k, at most V - 1 are taken.
 
     Returns:
@@ -169,14 +163,10 @@ def hybrid_code(
     tail = error.matmul(sketch)
     if exact.shape[1] == 0:
         return tail
-    top = error.topk(min(topk, error.vocab_size - 1), target)
-    chosen = torch.cat([target[:, None], top], dim=1)  # [n, 1 + k], all different
-    entries = error.gather(chosen)
+    chosen, entries = error.kept(topk, target)
     head = error.weighted_codes(chosen, entries, exact)
     if sketch.shape[1] > 0:
-        buckets = error.lookup(bucket, chosen).long()
-        # Accumulating, so that two chosen tokens of one bucket are both removed from it.
-        tail = tail.scatter_add(1, buckets, -entries * error.lookup(sign, chosen).to(entries.dtype))
+        tail = tail - error.weighted_codes(chosen, entries, sketch)
     return torch.cat([head, tail], dim=1)
 
 
@@ -239,17 +229,9 @@ class Hybrid(_Factorized):
 
     def prepare(self, anchors: Anchors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
         sketch = sketch_matrix(self.bucket, self.sign, max(self.rank_tail, 1), dtype)[:, : self.rank_tail]
-        return sketch, self._expander_for(dtype)
+        return sketch, self._scaled_expander(dtype)
 
     def forward(self, error: Error, tokens: Tokens, prepared: tuple[Tensor, ...]) -> Tensor:
         sketch, expander = prepared
-        code = hybrid_code(
-            error,
-            tokens.target,
-            exact=self.exact_codes,
-            bucket=self.bucket,
-            sign=self.sign,
-            sketch=sketch,
-            topk=self.topk,
-        )
-        return self._expand(code, expander)
+        code = hybrid_code(error, tokens.target, exact=self.exact_codes, sketch=sketch, topk=self.topk)
+        return code @ expander.T

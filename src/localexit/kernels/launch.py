@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,9 +19,8 @@ from localexit.kernels.product import finish_kernel, gold_logit_kernel, product_
 from localexit.kernels.rows import error_kernel, repair_kernel, scale_kernel, tile_error_kernel
 from localexit.kernels.select import select_kernel, weighted_rows_kernel
 
-# Rows a program of the tiles' error, and of the end of `product_pass`.
+# Rows a program of the tiles' error.
 _TILE_ROWS = 4
-_FINISH_ROWS = 4
 # The tiles of `product_pass`: rows and columns of logits, and how much of the width at a time.
 _PRODUCT_ROWS, _PRODUCT_COLUMNS, _PRODUCT_DEPTH = 128, 2 * GROUP, 64
 
@@ -41,6 +40,7 @@ class ErrorPass:
 
     Attributes:
         loss, gold_logit, log_prob, scale: fp32 [n]; the error is `scale[:, None] * values`.
+        weighted_scale: fp32 [n], the scale times the row weight, from `product_pass`.
         argmax: int64 [n], entropy: fp32 [n], empty unless asked for.
         group_max, group_sum: fp32 [n, G] of the magnitudes of the values without gold, empty unless asked for.
     """
@@ -53,6 +53,7 @@ class ErrorPass:
     entropy: Tensor
     group_max: Tensor
     group_sum: Tensor
+    weighted_scale: Tensor | None = None
 
 
 @on_its_device
@@ -70,7 +71,7 @@ def error_pass(
     num_groups = triton.cdiv(vocab_size, GROUP)
     result = _empty_pass(logits, need_stats=need_stats, need_groups=need_groups)
     is_rare = logits.new_empty(num_rows, dtype=torch.int8)
-    flags = {
+    flags: dict[str, Any] = {
         "SMOOTHING": options.label_smoothing > 0,
         "NEED_STATS": need_stats,
         "NEED_GROUPS": need_groups,
@@ -86,43 +87,34 @@ def error_pass(
         HAS_BIAS=bias is not None, SOFTCAP=options.softcap is not None,
         ROWS=rows_each, STAGES=stages, num_warps=4, **flags,
     )  # fmt: skip
-    _repair(logits, target, options, result, is_rare, flags)
+    repair_kernel[(num_rows,)](
+        logits, logits.stride(0), target, vocab_size, num_groups, options.label_smoothing, options.z_loss,
+        result.loss, result.log_prob, result.scale, result.gold_logit, is_rare, result.entropy,
+        result.group_max, result.group_sum, num_warps=4, **flags,
+    )  # fmt: skip
     return result
 
 
 def _empty_pass(logits: Tensor, *, need_stats: bool, need_groups: bool) -> ErrorPass:
     num_rows, vocab_size = logits.shape
+    nothing = logits.new_empty(0, dtype=torch.float32)
 
-    def rows(is_needed: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
-        return logits.new_empty(num_rows if is_needed else 0, dtype=dtype)
+    def rows(dtype: torch.dtype = torch.float32) -> Tensor:
+        return logits.new_empty(num_rows, dtype=dtype)
 
     def table() -> Tensor:
-        shape = (num_rows, triton.cdiv(vocab_size, GROUP)) if need_groups else (0,)
-        return logits.new_empty(shape, dtype=torch.float32)
+        return logits.new_empty(num_rows, triton.cdiv(vocab_size, GROUP), dtype=torch.float32)
 
     return ErrorPass(
         loss=rows(),
         gold_logit=rows(),
         log_prob=rows(),
         scale=rows(),
-        argmax=rows(need_stats, torch.int64),
-        entropy=rows(need_stats),
-        group_max=table(),
-        group_sum=table(),
+        argmax=rows(torch.int64) if need_stats else nothing,
+        entropy=rows() if need_stats else nothing,
+        group_max=table() if need_groups else nothing,
+        group_sum=table() if need_groups else nothing,
     )
-
-
-def _repair(
-    values: Tensor, target: Tensor, options: LossOptions, result: ErrorPass, is_rare: Tensor, flags: dict[str, Any]
-) -> None:
-    """Redo the rows that overflowed, in place; `flags` are the kernel's."""
-    num_rows, vocab_size = values.shape
-    repair_kernel[(num_rows,)](
-        values, values.stride(0), target, vocab_size, triton.cdiv(vocab_size, GROUP),
-        options.label_smoothing, options.z_loss,
-        result.loss, result.log_prob, result.scale, result.gold_logit, is_rare, result.entropy,
-        result.group_max, result.group_sum, num_warps=4, **flags,
-    )  # fmt: skip
 
 
 def takes_product(weight: Tensor) -> bool:
@@ -150,26 +142,49 @@ def _num_processors(device: torch.device) -> int:
 
 @on_its_device
 def product_pass(
-    hidden: Tensor, weight: Tensor, target: Tensor, options: LossOptions, *, out: Tensor, need_groups: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    options: LossOptions,
+    *,
+    is_counted: Tensor,
+    row_weight: Tensor,
+    clean: Tensor,
+    out: Tensor,
+    need_groups: bool = False,
 ) -> ErrorPass:
-    """The product and `error_pass` at once, for a plain loss: the values of hidden [n, D] go to `out` [n, V]."""
+    """The product and `error_pass` at once, for a plain loss: the values of hidden [n, D] go to `out` [n, V].
+
+    Args:
+        hidden: of any dtype and layout.
+        weight: [V, D].
+        target: int64 [n].
+        options: of the loss.
+        is_counted: bool [n]; hidden states of other rows are taken as zero, whatever they hold.
+        row_weight: fp32 [n], for `weighted_scale`.
+        clean: [n, D] in the weight's dtype, contiguous: gets the hidden states that the product takes.
+        out: in the weight's dtype.
+        need_groups: whether `group_max` and `group_sum` are wanted.
+    """
     num_rows, width = hidden.shape
     result = _empty_pass(out, need_stats=False, need_groups=need_groups)
-    is_rare = out.new_empty(num_rows, dtype=torch.int8)
-    num_tiles = triton.cdiv(weight.shape[0], _PRODUCT_COLUMNS)
+    weighted_scale = torch.empty_like(result.scale)
+    vocab_size = weight.shape[0]
+    num_tiles = triton.cdiv(vocab_size, _PRODUCT_COLUMNS)
     tile_sum = out.new_empty(num_rows, num_tiles, dtype=torch.float32)
     gold_logit_kernel[(num_rows,)](
-        hidden, weight, target, result.gold_logit, width, hidden.stride(0), hidden.stride(1), weight.stride(0),
+        hidden, weight, target, is_counted, clean, result.gold_logit,
+        width, hidden.stride(0), hidden.stride(1), weight.stride(0),
         BLOCK=min(1024, triton.next_power_of_2(width)), num_warps=1,
     )  # fmt: skip
-    _product(hidden, weight, out, target, result.gold_logit, result=result, tile_sum=tile_sum)
-    finish_kernel[(triton.cdiv(num_rows, _FINISH_ROWS),)](
-        out, out.stride(0), target, result.gold_logit, tile_sum, num_rows, num_tiles, options.z_loss,
-        result.loss, result.log_prob, result.scale, is_rare, ROWS=_FINISH_ROWS, BLOCK=256, num_warps=4,
+    _product(clean, weight, out, target, result.gold_logit, result=result, tile_sum=tile_sum)
+    finish_kernel[(num_rows,)](
+        out, out.stride(0), target, row_weight, tile_sum,
+        vocab_size, num_tiles, triton.cdiv(vocab_size, GROUP), options.z_loss,
+        result.loss, result.log_prob, result.scale, weighted_scale, result.gold_logit,
+        result.group_max, result.group_sum, NEED_GROUPS=need_groups, GROUP=GROUP, BLOCK=256, num_warps=4,
     )  # fmt: skip
-    flags = {"SMOOTHING": False, "NEED_STATS": False, "NEED_GROUPS": need_groups, "GROUP": GROUP}
-    _repair(out, target, options, result, is_rare, flags)
-    return result
+    return replace(result, weighted_scale=weighted_scale)
 
 
 @on_its_device
@@ -181,9 +196,10 @@ def product_tile(
     log_prob: Tensor,
     is_counted: Tensor,
     out: Tensor,
+    first: int = 0,
 ) -> None:
     """The product and `tile_error` at once, for a plain loss without z-loss: the error goes to `out` [n, columns]."""
-    _product(hidden, weight, out, target, gold_logit, log_prob=log_prob, is_counted=is_counted)
+    _product(hidden, weight, out, target, gold_logit, log_prob=log_prob, is_counted=is_counted, first=first)
 
 
 def _product(
@@ -197,6 +213,7 @@ def _product(
     tile_sum: Tensor | None = None,
     log_prob: Tensor | None = None,
     is_counted: Tensor | None = None,
+    first: int = 0,
 ) -> None:
     """Launch `product_kernel`: with sums for `result`, or with what makes the values final."""
     (num_rows, width), vocab_size = hidden.shape, weight.shape[0]
@@ -210,7 +227,7 @@ def _product(
         TensorDescriptor.from_tensor(weight, [_PRODUCT_COLUMNS, _PRODUCT_DEPTH]),
         TensorDescriptor.from_tensor(out, [_PRODUCT_ROWS, _PRODUCT_COLUMNS // 4]),
         gold_logit, log_prob, is_counted, target, tile_sum, group_max, group_sum,
-        num_rows, vocab_size, triton.cdiv(vocab_size, _PRODUCT_COLUMNS), triton.cdiv(vocab_size, GROUP),
+        num_rows, vocab_size, triton.cdiv(vocab_size, _PRODUCT_COLUMNS), triton.cdiv(vocab_size, GROUP), first,
         WIDTH=width, IS_FINAL=is_final, NEED_GROUPS=not is_final and group_max.numel() > 0, PROGRAMS=num_programs,
         SHARING=16, ROWS=_PRODUCT_ROWS, COLUMNS=_PRODUCT_COLUMNS, DEPTH=_PRODUCT_DEPTH, num_warps=8, num_stages=3,
     )  # fmt: skip
@@ -263,6 +280,7 @@ def tile_error(
     options: LossOptions,
     vocab_size: int,
     bias: Tensor | None,
+    first: int = 0,
 ) -> None:
     """As `exits.loss.tile_error`, from logits without the bias."""
     num_rows, num_columns = logits.shape
@@ -271,7 +289,7 @@ def tile_error(
     block = min(512, triton.next_power_of_2(num_columns))
     tile_error_kernel[(triton.cdiv(num_rows, _TILE_ROWS), triton.cdiv(num_columns, block))](
         logits, logits.stride(0), logits if bias is None else bias, target, gold_logit, log_prob, is_counted,
-        num_rows, num_columns, vocab_size, options.label_smoothing, options.z_loss, options.softcap or 1.0,
+        num_rows, num_columns, vocab_size, first, options.label_smoothing, options.z_loss, options.softcap or 1.0,
         HAS_BIAS=bias is not None, SOFTCAP=options.softcap is not None, ROWS=_TILE_ROWS, BLOCK=block, num_warps=4,
     )  # fmt: skip
 

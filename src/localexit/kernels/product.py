@@ -3,7 +3,8 @@
 Reading the logits again (`rows.error_kernel`) takes a seventh of the product's time where the hidden is wide, and two
 thirds where it is narrow. Here a tile of logits becomes y = exp(z - z_gold) while it is still in registers, is written
 once, and leaves the sums of its rows behind; `finish_kernel` makes of them what `error_kernel` returns. The gold logit
-has to be known beforehand: `gold_logit_kernel` takes it from the gold token's row of the unembedding.
+has to be known beforehand: `gold_logit_kernel` takes it from the gold token's row of the unembedding. What else is done
+row by row is done in these two, and not in launches of its own: with small chunks a GPU waits for the host.
 
 One program a processor goes through the tiles, so that the next tile's operands are on their way while this one's
 exponentials are taken (the persistent product of Triton's tutorials); tiles that share rows of the unembedding follow
@@ -15,24 +16,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from localexit.kernels.rows import _EXP_OVERFLOW, _expm1, _row_end
+from localexit.kernels.rows import _EXP_OVERFLOW, _expm1, _row_end, repair_row
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def gold_logit_kernel(
-    hidden, weight, target, out, width, row_stride, column_stride, weight_stride, BLOCK: tl.constexpr,
+    hidden, weight, target, is_counted, clean, out, width, row_stride, column_stride, weight_stride,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """⟨h, W[target]⟩ in fp32; one program a row."""
+    """`clean` hidden states, zero where not counted, and their ⟨h, W[target]⟩ in fp32; one program a row."""
     row = tl.program_id(0).to(tl.int64)
     gold = tl.load(target + row)
+    counts = tl.load(is_counted + row) != 0
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         lanes = start + tl.arange(0, BLOCK)
-        h = tl.load(hidden + row * row_stride + lanes * column_stride, mask=lanes < width, other=0.0).to(tl.float32)
-        w = tl.load(weight + gold * weight_stride + lanes, mask=lanes < width, other=0.0).to(tl.float32)
-        total += h * w
+        inside = lanes < width
+        # Not read where it does not count: it may hold anything.
+        h = tl.load(hidden + row * row_stride + lanes * column_stride, mask=inside & counts, other=0.0)
+        h = h.to(clean.dtype.element_ty)
+        tl.store(clean + row * width + lanes, h, mask=inside)
+        w = tl.load(weight + gold * weight_stride + lanes, mask=inside, other=0.0).to(tl.float32)
+        total += h.to(tl.float32) * w
     tl.store(out + row, tl.sum(total, 0))
 
 
@@ -79,13 +86,14 @@ def _keep_group(left, right, largest, total, inside):
 @triton.jit
 def product_kernel(
     hidden, weight, values, gold_logit, log_prob, is_counted, target, tile_sum, group_max, group_sum,
-    num_rows, vocab_size, num_tiles, num_groups,
+    num_rows, vocab_size, num_tiles, num_groups, first,
     WIDTH: tl.constexpr, IS_FINAL: tl.constexpr, NEED_GROUPS: tl.constexpr, PROGRAMS: tl.constexpr,
     SHARING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Tiles of ROWS tokens by COLUMNS = 2 GROUP columns; hidden, weight and values are tensor descriptors.
 
-    IS_FINAL: the log-probability of gold is known, and the values are the error itself, as in `rows.tile_error_kernel`.
+    IS_FINAL: the log-probability of gold is known, and the values are the error itself, as in `rows.tile_error_kernel`;
+    the columns are those from `first` on of a larger vocabulary.
     """
     QUARTER: tl.constexpr = COLUMNS // 4
     num_bands = tl.cdiv(num_rows, ROWS)
@@ -110,7 +118,7 @@ def product_kernel(
             gold_value = _expm1(log_p)
             counts = tl.load(is_counted + rows, mask=inside, other=0) != 0
         reference *= _LOG2_E
-        gold = tl.load(target + rows, mask=inside, other=0).to(tl.int32) - column_start
+        gold = tl.load(target + rows, mask=inside, other=0).to(tl.int32) - first - column_start
         # Quarters, one after the other: a whole tile of exponentials does not fit the registers.
         left, right = _halves(z, ROWS, COLUMNS)
         z0, z1 = _halves(left, ROWS, COLUMNS // 2)
@@ -142,24 +150,29 @@ def product_kernel(
 
 @triton.jit
 def finish_kernel(
-    values, stride, target, gold_logit, tile_sum, num_rows, num_tiles, z_loss, loss, log_prob, scale, is_rare,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    values, stride, target, row_weight, tile_sum, vocab_size, num_tiles, num_groups, z_loss,
+    loss, log_prob, scale, weighted_scale, gold_logit, group_max, group_sum,
+    NEED_GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """From the sums of a row's tiles its loss, scale and gold entry, as `error_kernel`; ROWS rows a program."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = rows < num_rows
-    parts = tl.zeros((ROWS, BLOCK), tl.float32)
+    """From the sums of a row's tiles its loss, scale and gold entry, as `error_kernel`; one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    parts = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_tiles, BLOCK):
         tiles = start + tl.arange(0, BLOCK)
-        mask = inside[:, None] & (tiles < num_tiles)[None, :]
-        parts += tl.load(tile_sum + rows[:, None] * num_tiles + tiles[None, :], mask=mask, other=0.0)
-    others = tl.sum(parts, 1)
-    z_gold = tl.load(gold_logit + rows, mask=inside, other=0.0)
-    log_s, a, row_loss, gold_value, _ = _row_end(others, z_gold, z_loss, 0.0, 1)
-    rare = others > _EXP_OVERFLOW
-    gold = tl.load(target + rows, mask=inside, other=0)
-    tl.store(values + rows * stride + gold, gold_value.to(values.dtype.element_ty), mask=inside)
-    tl.store(loss + rows, row_loss, mask=inside)
-    tl.store(log_prob + rows, -log_s, mask=inside)
-    tl.store(scale + rows, a / (others + 1), mask=inside)
-    tl.store(is_rare + rows, rare.to(tl.int8), mask=inside)
+        parts += tl.load(tile_sum + row * num_tiles + tiles, mask=tiles < num_tiles, other=0.0)
+    others = tl.sum(parts, 0)
+    weight = tl.load(row_weight + row)
+    if others > _EXP_OVERFLOW:
+        repair_row(
+            row, values, stride, target, vocab_size, num_groups, 0.0, z_loss,
+            loss, log_prob, scale, gold_logit, loss, group_max, group_sum, False, False, NEED_GROUPS, GROUP,
+        )  # fmt: skip
+        tl.store(weighted_scale + row, weight)
+    else:
+        z_gold = tl.load(gold_logit + row)
+        log_s, a, row_loss, gold_value, _ = _row_end(others, z_gold, z_loss, 0.0, 1)
+        tl.store(values + row * stride + tl.load(target + row), gold_value.to(values.dtype.element_ty))
+        tl.store(loss + row, row_loss)
+        tl.store(log_prob + row, -log_s)
+        tl.store(scale + row, a / (others + 1))
+        tl.store(weighted_scale + row, weight * (a / (others + 1)))

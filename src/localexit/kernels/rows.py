@@ -160,15 +160,12 @@ def _undo(row, cols, vocab_size, gold, top):
 
 
 @triton.jit
-def repair_kernel(
-    logits, stride, target, vocab_size, num_groups, smoothing, z_loss,
-    loss, log_prob, scale, gold_logit, is_rare, entropy, group_max, group_sum,
+def repair_row(
+    index, logits, stride, target, vocab_size, num_groups, smoothing, z_loss,
+    loss, log_prob, scale, gold_logit, entropy, group_max, group_sum,
     SMOOTHING: tl.constexpr, NEED_STATS: tl.constexpr, NEED_GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Redo one row whose maximum is far above its gold logit: the exact error, with scale one; one program a row."""
-    index = tl.program_id(0).to(tl.int64)
-    if tl.load(is_rare + index) == 0:
-        return
+    """Redo a row whose maximum is far above its gold logit: the exact error, with scale one."""
     row = logits + index * stride
     gold = tl.load(target + index)
     z_gold = tl.load(gold_logit + index)
@@ -212,12 +209,28 @@ def repair_kernel(
 
 
 @triton.jit
+def repair_kernel(
+    logits, stride, target, vocab_size, num_groups, smoothing, z_loss,
+    loss, log_prob, scale, gold_logit, is_rare, entropy, group_max, group_sum,
+    SMOOTHING: tl.constexpr, NEED_STATS: tl.constexpr, NEED_GROUPS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """`repair_row` for the rows that are marked; one program a row."""
+    index = tl.program_id(0).to(tl.int64)
+    if tl.load(is_rare + index) == 0:
+        return
+    repair_row(
+        index, logits, stride, target, vocab_size, num_groups, smoothing, z_loss,
+        loss, log_prob, scale, gold_logit, entropy, group_max, group_sum, SMOOTHING, NEED_STATS, NEED_GROUPS, GROUP,
+    )  # fmt: skip
+
+
+@triton.jit
 def tile_error_kernel(
     logits, stride, bias, target, gold_logit, log_prob, is_counted,
-    num_rows, num_columns, vocab_size, smoothing, z_loss, softcap,
+    num_rows, num_columns, vocab_size, first, smoothing, z_loss, softcap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The error of a tile of columns for row weight one, in place; one program ROWS rows and BLOCK columns."""
+    """The error of the columns from `first` on, for row weight one, in place; one program ROWS rows, BLOCK columns."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_inside = rows < num_rows
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -230,7 +243,7 @@ def tile_error_kernel(
     z, slope = _cap(z, softcap, SOFTCAP)
     z_gold = tl.load(gold_logit + rows, mask=row_inside, other=0.0)
     log_p = tl.load(log_prob + rows, mask=row_inside, other=0.0)
-    gold = tl.load(target + rows, mask=row_inside, other=0)
+    gold = tl.load(target + rows, mask=row_inside, other=0) - first
     a = 1 + 2 * z_loss * (z_gold - log_p)
     # Relative to the gold token, and its own p - 1 from the logarithm: see `exits.loss.tile_error`.
     error = a[:, None] * tl.exp((z - z_gold[:, None]) + log_p[:, None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +47,11 @@ class GroupedError(Error):
 
     def topk(self, k: int, exclude: Tensor) -> Tensor:
         """As `Error.topk`."""
-        no_draws = self.scale.new_empty(self.scale.shape[0], 0)
-        return select(self.values, self.scale, exclude, no_draws, self.group_max, self.group_sum, k)[0][:, 1:]
+        return self.kept(k, exclude)[0][:, 1:]
+
+    def kept(self, k: int, target: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Error.kept`, in one kernel."""
+        return self.select(k, self.scale.new_empty(self.scale.shape[0], 0), target)
 
     def select(self, k: int, uniforms: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """As `Error.select`, in one kernel."""
@@ -57,6 +61,10 @@ class GroupedError(Error):
     def weighted_rows(self, ids: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
         """As `Error.weighted_rows`, with sums in fp32 whatever the rows are stored in: fp32 [n, D]."""
         return weighted_rows(ids, weights.contiguous(), rows)
+
+    def weighted_codes(self, ids: Tensor, weights: Tensor, codes: Tensor) -> Tensor:
+        """As `Error.weighted_codes`, by the same kernel."""
+        return self.weighted_rows(ids, weights, codes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +101,7 @@ def _row_result(result: ErrorPass) -> GroupedRowResult:
         argmax=result.argmax,
         entropy=result.entropy,
         scale=result.scale,
+        weighted_scale=result.weighted_scale,
         group_max=result.group_max,
         group_sum=result.group_sum,
     )
@@ -102,18 +111,17 @@ def _is_plain(call: LossCall) -> bool:
     return call.bias is None and call.options.softcap is None and not call.options.label_smoothing
 
 
-def _fused_product(call: ExitCall, weight: Tensor) -> Callable[..., GroupedRowResult] | None:
-    return _product_and_error if _is_plain(call) and not call.need_stats and takes_product(weight) else None
+def _fused_product(call: ExitCall, weight: Tensor) -> Callable[..., RowResult] | None:
+    return product_and_error if _is_plain(call) and not call.need_stats and takes_product(weight) else None
 
 
 def _fused_tile(call: LossCall, weight: Tensor) -> Callable[..., None] | None:
     return product_tile if _is_plain(call) and not call.options.z_loss and takes_product(weight) else None
 
 
-def _product_and_error(
-    hidden: Tensor, weight: Tensor, target: Tensor, options: LossOptions, *, out: Tensor, need_groups: bool
-) -> GroupedRowResult:
-    return _row_result(product_pass(hidden, weight, target, options, out=out, need_groups=need_groups))
+def product_and_error(hidden: Tensor, weight: Tensor, target: Tensor, options: LossOptions, **rest: Any) -> RowResult:
+    """As `Stages.fused_product` says."""
+    return _row_result(product_pass(hidden, weight, target, options, **rest))
 
 
 def _logits_without_bias(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
