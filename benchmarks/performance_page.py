@@ -8,7 +8,7 @@ A table stands between `<!-- NAME -->` and `<!-- end -->`; what is not measured 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,10 +42,16 @@ def table(head: Row, rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def machine(content: Content, section: str = "") -> str:
-    """What was measured on; a section that was measured at another commit than the rest says so in `commits`."""
-    commit = content.get("commits", {}).get(section, content["commit"])
-    return f"{content['device']}, torch {content['versions']['torch']}, commit {commit[:7]}."
+def machine(content: Content, section: str = "", shapes: Mapping[str, Content] | None = None) -> str:
+    """What was measured on; a section or shape measured at another commit than the rest says so in `commits`."""
+    commits = content.get("commits", {})
+    others = [
+        f" {Shape(**measured['shape'])}: commit {commits[name][:7]}."
+        for name, measured in (shapes or {}).items()
+        if name in commits
+    ]
+    commit = commits.get(section, content["commit"])
+    return f"{content['device']}, torch {content['versions']['torch']}, commit {commit[:7]}.{''.join(others)}"
 
 
 def cpu_times(content: Content) -> str:
@@ -77,7 +83,7 @@ def gpu_times(content: Content) -> str:
     head = ("", *(str(Shape(**measured["shape"])) for measured in shapes.values()))
     rows = [(f"`{name}`", *(cells[shape].get(name, "") for shape in shapes)) for name in names]
     reasons = {reason: None for measured in shapes.values() for reason in not_available(measured)}
-    return "\n".join([table(head, rows), "", machine(content), *reasons])
+    return "\n".join([table(head, rows), "", machine(content, shapes=shapes), *reasons])
 
 
 def cell(result: Content) -> str:
