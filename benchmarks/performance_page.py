@@ -43,7 +43,7 @@ def table(head: Row, rows: Sequence[Row]) -> str:
 
 
 def machine(content: Content, section: str = "", shapes: Mapping[str, Content] | None = None) -> str:
-    """What was measured on; a section or shape measured at another commit than the rest says so in `commits`."""
+    """What was measured on; a section or shape of another commit than the rest has its own in `commits`, by name."""
     commits = content.get("commits", {})
     others = [
         f" {Shape(**measured['shape'])}: commit {commits[name][:7]}."

@@ -116,3 +116,9 @@ def test_the_last_line_of_a_mutant_counts(tmp_path: Path) -> None:
     lines = [{"mutant": "a", "outcome": outcome, "seconds": 1.0} for outcome in ("survived", "failed")]
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert mutants.read(results) == {"a": "failed"}
+
+
+def test_what_is_argued_is_a_mistake_in_the_source_of_today() -> None:
+    files = {mutants.SOURCE / key.split()[0].rstrip(":") for key in mutants.argued()}
+    there = {mutant.key for path in files for mutant in mutants.mutants_of(path)}
+    assert set(mutants.argued()) <= there

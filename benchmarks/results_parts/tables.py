@@ -159,7 +159,7 @@ def sweep(setting: str, base: str, model: str, steps: str) -> str:
 
 
 def _points(group: Group, swept: Container[str]) -> dict[tuple[str, float, float], Row]:
-    """By method, learning rate and size of W, of methods that were swept; the tuned values are points where none is."""
+    """By method, learning rate and size of W, of methods that were swept: a cell of the sweep, else a tuned one."""
     rows = [(*Method.parse(row.method).apart(), row) for row in group.rows]
     # What comes later stays: the sweep's own.
     rows.sort(key=lambda found: bool(found[1]))

@@ -61,7 +61,7 @@ def apply(
         hidden=inputs.hidden,
         target=inputs.target,
         logits=logits,
-        log_normaliser=logits.logsumexp(1),
+        log_normaliser=logits.logsumexp(1) if rule.needs_logits else None,
         uniforms=draws.uniforms,
     )
     error = Error(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from localexit.exits import functional, tiled
 from localexit.exits.chunked import PLAIN, Stages
-from localexit.exits.functional import WeightGrad, exit_step
+from localexit.exits.functional import Preset, WeightGrad, exit_step
 from localexit.exits.reference import reference_exit
 from localexit.feedback import RULES, Feedback, WeightMirror, make_feedback
 from localexit.kernels import stages
@@ -51,6 +51,30 @@ def make_case() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b).norm() / b.norm().clamp_min(1e-20))
+
+
+@pytest.mark.parametrize("preset", ["fast", "memory"])
+@pytest.mark.parametrize("name", ["dense", "mirror_sampled", "transport_sampled"])
+def test_layout_of_the_arguments_changes_nothing(name: str, preset: Preset) -> None:
+    hidden, weight, bias, target, token_weight = make_case()
+    grads = []
+    for strided in (False, True):
+        given = {"linear_bias": bias, "token_weight": token_weight, "target": target, "input": hidden}
+        if strided:
+            given = {key: torch.stack([value, value + 1], dim=-1)[..., 0] for key, value in given.items()}
+        grad_weight, grad_bias = torch.zeros(VOCAB, HIDDEN), torch.zeros(VOCAB)
+        step = exit_step(
+            linear_weight=weight.T.contiguous().T if strided else weight,
+            feedback=make_rule(name),
+            grad_weight=grad_weight,
+            grad_bias=grad_bias,
+            preset=preset,
+            **given,
+        )
+        assert step.feedback is not None
+        grads.append((step.loss, step.feedback, grad_weight, grad_bias))
+    for plain, strided_one in zip(*grads, strict=True):
+        torch.testing.assert_close(strided_one, plain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk_rows", [2, 100])

@@ -33,8 +33,8 @@ class LossCall:
     Attributes:
         hidden: [N, D].
         weight: [V, D], may be of another dtype than hidden (master weights).
-        bias: [V] or None.
-        target: integer [N].
+        bias: [V], contiguous, or None.
+        target: integer [N], contiguous.
         row_weight: fp32 or fp64 [N], what each row's loss is multiplied by.
         compute_dtype: dtype of the products.
         options: options of the loss.
@@ -131,9 +131,9 @@ class Stages:
         name: the backend's name.
         logits: fills a buffer [n, V] with the logits of a chunk.
         loss_and_error: turns the buffer into the values of the error, see `exits.loss.loss_and_error`.
-        fused_product: what does `logits` and `loss_and_error` at once, from hidden, weight in the compute dtype, target
-            and options; None where nothing does. It also makes the hidden states of rows that do not count zero, in
-            `clean`, and may multiply the scale by the row weight.
+        fused_product: what does `logits` and `loss_and_error` at once, as `kernels.launch.product_pass`: it is told which
+            rows count and their weights, makes the others' hidden states zero in `clean`, and may leave
+            `RowResult.weighted_scale`; None where nothing does.
         tile_error: as `loss_and_error` for a tile of columns, when the gold token's logit and log-probability are
             known, see `exits.loss.tile_error`.
         fused_tile: the same for `logits` and `tile_error`, from a tile of the weight.
@@ -274,7 +274,10 @@ def run_exit(
 
 
 def chunk_rows(num_rows: int, vocab_size: int, itemsize: int, chunk_bytes: int) -> int:
-    """Tokens a chunk: as many rows of V numbers as fit the budget, at least one, evenly spread over the chunks."""
+    """Tokens a chunk: as many rows of V numbers as fit the budget, at least one.
+
+    Evenly spread over the chunks, and rounded up to `ALIGNMENT` where that fits: the last one has what is left.
+    """
     most = max(1, min(num_rows, chunk_bytes // (vocab_size * itemsize)))
     num_chunks = -(-num_rows // most)
     even = -(-num_rows // num_chunks)
@@ -351,29 +354,29 @@ class _Loop:
         self.bias = None if call.bias is None else call.bias.to(self.sum_dtype)
         self.fused_product = stages.fused_product(call, self.weight)
         self.need_groups = (call.need_hidden and call.rule.selects) or (call.need_weight and call.is_filtered)
-        size = _num_chunk_rows(call, stages) if len(call.hidden) else 0
-        self.num_chunks = -(-len(call.hidden) // size) if size else 0
-        self.weight_grad = self._weight_accumulator(weight_grad)
-        self.bias_grad = self._accumulator(bias_grad, (vocab_size,), call.need_bias)
         self.feedback = (
             call.hidden.new_empty(call.hidden.shape, dtype=storage_dtype(call.hidden.dtype))
             if call.need_hidden
             else None
         )
+        size = _num_chunk_rows(call, stages) if len(call.hidden) else 0
+        self.chunks = self._chunks(size)
+        self.weight_grad = self._weight_accumulator(weight_grad)
+        self.bias_grad = self._accumulator(bias_grad, (vocab_size,), call.need_bias)
         self.prepared: tuple[Tensor, ...] | None = None
         # Of each chunk loss, gold_logit, log_prob, argmax and entropy.
-        self.kept: list[tuple[Tensor, ...]] = []
+        self.of_chunks: list[tuple[Tensor, ...]] = []
         self.buffer = call.hidden.new_empty(size, vocab_size, dtype=stages.buffer_dtype(call))
         self.scratch: Tensor | None = None
-        self.chunks = self._chunks(size)
 
     def _chunks(self, size: int) -> Sequence[_Chunk]:
         """What there is for each token, in parts of so many: taken apart at once, and not anew for every chunk."""
         of_tokens = (
             self.call.hidden, self.is_counted, self.target, self.scale, self.call.uniforms, self.feedback,
         )  # fmt: skip
-        parts = ([None] * self.num_chunks if tokens is None else tokens.split(size) for tokens in of_tokens)
-        return [_Chunk(*chunk) for chunk in zip(*parts, strict=True)] if size else []
+        starts = range(0, len(self.call.hidden), size) if size else ()
+        parts = ([None] * len(starts) if tokens is None else tokens.split(size) for tokens in of_tokens)
+        return [_Chunk(*chunk) for chunk in zip(*parts, strict=True)] if starts else []
 
     def _accumulator(self, given: Tensor | None, shape: Sequence[int], is_needed: bool) -> Tensor | None:
         if not is_needed:
@@ -383,8 +386,8 @@ class _Loop:
     def _weight_accumulator(self, given: Tensor | None) -> Tensor | None:
         # The first chunk's product starts the sum if it has its dtype. One chunk whose product has the gradient's own
         # dtype is rounded once: it needs no accumulator.
-        is_whole = self.num_chunks == 1 and self.value_dtype == self.call.weight.dtype
-        is_sum = self.num_chunks > 0 and self.value_dtype == self.sum_dtype
+        is_whole = len(self.chunks) == 1 and self.value_dtype == self.call.weight.dtype
+        is_sum = len(self.chunks) > 0 and self.value_dtype == self.sum_dtype
         if given is None and (is_whole or is_sum):
             return None
         return self._accumulator(given, self.call.weight.shape, self.call.need_weight)
@@ -405,7 +408,7 @@ class _Loop:
             return call.rule.prepare(None, self.value_dtype)
         is_counted = self.is_counted[rows]
         hidden = self._clean(call.hidden[rows], is_counted)
-        if self.num_chunks > 1 or logits.dtype != self.sum_dtype or self.fused_product is not None:
+        if len(self.chunks) > 1 or logits.dtype != self.sum_dtype or self.fused_product is not None:
             return call.rule.prepare(measure(hidden, self.weight, is_counted), self.value_dtype)
         measured = logits[rows]
         if self.bias is not None and self.stages.has_bias:
@@ -418,7 +421,7 @@ class _Loop:
         logits = self.buffer[: len(chunk.hidden)]
         hidden, result = (self._plain if self.fused_product is None else self._fused)(chunk, logits)
         self.scratch = result.raw
-        self.kept.append((result.loss, result.gold_logit, result.log_prob, result.argmax, result.entropy))
+        self.of_chunks.append((result.loss, result.gold_logit, result.log_prob, result.argmax, result.entropy))
         if call.need_error:
             values = logits.to(self.value_dtype)
             scale = result.weighted_scale
@@ -493,11 +496,11 @@ class _Loop:
 
     def _rows(self) -> tuple[Tensor, ...]:
         """What was kept, of all tokens; zero on those that do not count, empty where it was not asked for."""
-        if not self.kept:
+        if not self.of_chunks:
             none = self.scale.new_empty(0)
             return none, none.clone(), none.clone(), self.target.new_empty(0), none.clone()
         is_left_out = ~self.is_counted
-        columns = tuple(zip(*self.kept, strict=True))
+        columns = tuple(zip(*self.of_chunks, strict=True))
         loss, gold_logit, log_prob = (joined(parts).masked_fill_(is_left_out, 0) for parts in columns[:3])
         if not self.call.need_stats:
             return loss, gold_logit, log_prob, self.target.new_empty(0), loss.new_empty(0)

@@ -449,7 +449,8 @@ def _build_call(
     if weight_grad == "filtered":
         _checks.can_filter(preset, options.label_smoothing)
     compute_dtype = product_dtype(input, weight)
-    flat_target = target.reshape(-1)
+    # Kernels read targets, and the bias, as they follow each other.
+    flat_target = target.reshape(-1).contiguous()
     is_counted = flat_target != options.ignore_index
     if reduction == "mean":
         num_items = _divisor(is_counted, num_items, data_parallel)
@@ -458,7 +459,7 @@ def _build_call(
     call = ExitCall(
         hidden=input.reshape(-1, input.shape[-1]),
         weight=weight,
-        bias=bias,
+        bias=None if bias is None else bias.contiguous(),
         target=flat_target,
         row_weight=row_weight,
         compute_dtype=compute_dtype,

@@ -265,7 +265,7 @@ def weighted_rows(ids: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
     out = weights.new_empty(num_rows, width)
     block = min(1024, triton.next_power_of_2(width))
     weighted_rows_kernel[(num_rows, triton.cdiv(width, block))](
-        ids, weights, rows, rows.stride(0), out, width, PICKS=num_picks, BLOCK=block, num_warps=4
+        ids, weights, rows, *rows.stride(), out, width, PICKS=num_picks, BLOCK=block, num_warps=4
     )
     return out
 

@@ -90,7 +90,7 @@ def select_kernel(
 
 @triton.jit
 def weighted_rows_kernel(
-    ids, weights, rows, rows_stride, out, width,
+    ids, weights, rows, rows_stride, rows_step, out, width,
     PICKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[i] = Σ_k weights[i, k] rows[ids[i, k]], sums in fp32; one program a token and block of columns."""
@@ -101,5 +101,6 @@ def weighted_rows_kernel(
     for k in range(PICKS):
         token = tl.load(ids + index * PICKS + k)
         weight = tl.load(weights + index * PICKS + k)
-        total += weight * tl.load(rows + token * rows_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        row = tl.load(rows + token * rows_stride + cols * rows_step, mask=inside, other=0.0)
+        total += weight * row.to(tl.float32)
     tl.store(out + index * width + cols, total.to(out.dtype.element_ty), mask=inside)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,16 +111,38 @@ def _is_plain(call: LossCall) -> bool:
 
 
 def _fused_product(call: ExitCall, weight: Tensor) -> Callable[..., RowResult] | None:
-    return product_and_error if _is_plain(call) and not call.need_stats and takes_product(weight) else None
+    return _product_and_error if _is_plain(call) and not call.need_stats and takes_product(weight) else None
 
 
 def _fused_tile(call: LossCall, weight: Tensor) -> Callable[..., None] | None:
     return product_tile if _is_plain(call) and not call.options.z_loss and takes_product(weight) else None
 
 
-def product_and_error(hidden: Tensor, weight: Tensor, target: Tensor, options: LossOptions, **rest: Any) -> RowResult:
-    """As `Stages.fused_product` says."""
-    return _row_result(product_pass(hidden, weight, target, options, **rest))
+def _product_and_error(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    options: LossOptions,
+    *,
+    is_counted: Tensor,
+    row_weight: Tensor,
+    clean: Tensor,
+    out: Tensor,
+    need_groups: bool,
+) -> RowResult:
+    return _row_result(
+        product_pass(
+            hidden,
+            weight,
+            target,
+            options,
+            is_counted=is_counted,
+            row_weight=row_weight,
+            clean=clean,
+            out=out,
+            need_groups=need_groups,
+        )
+    )
 
 
 def _logits_without_bias(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

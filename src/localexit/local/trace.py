@@ -22,7 +22,7 @@ class Call:
 
     module: nn.Module
     start: int
-    end: int = field(init=False)
+    end: int = field(init=False, repr=False, compare=False)
     output: Any = None
 
     def encloses(self, other: Call) -> bool:
