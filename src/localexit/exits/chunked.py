@@ -131,8 +131,8 @@ class Stages:
         name: the backend's name.
         logits: fills a buffer [n, V] with the logits of a chunk.
         loss_and_error: turns the buffer into the values of the error, see `exits.loss.loss_and_error`.
-        fused_product: what does `logits` and `loss_and_error` at once, as `kernels.launch.product_pass`: it is told which
-            rows count and their weights, makes the others' hidden states zero in `clean`, and may leave
+        fused_product: what does `logits` and `loss_and_error` at once, as `kernels.launch.product_pass`: it is told
+            which rows count and their weights, makes the others' hidden states zero in `clean`, and may leave
             `RowResult.weighted_scale`; None where nothing does.
         tile_error: as `loss_and_error` for a tile of columns, when the gold token's logit and log-probability are
             known, see `exits.loss.tile_error`.
