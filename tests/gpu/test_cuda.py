@@ -27,7 +27,7 @@ from localexit import (
     feedback_names,
     make_feedback,
 )
-from localexit.exits.functional import WeightGrad
+from localexit.exits.functional import Preset, WeightGrad
 from localexit.exits.loss import LossOptions
 from localexit.exits.pairs import measured_rows
 from localexit.exits.reference import reference_exit
@@ -356,6 +356,31 @@ def test_a_device_that_is_not_the_current_one(backend: str, name: str, preset: s
         results.append([tensor.cpu() for tensor in (loss.detach(), hidden.grad, weight.grad, *rule.buffers())])
     assert torch.cuda.current_device() == 0
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("preset", ["fast", "memory"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_arguments_that_do_not_lie_number_by_number(has_bias: bool, preset: Preset) -> None:
+    case, results = make_case(), []
+    for is_strided in (False, True):
+        given = {key: case[key].cuda() for key in ("hidden", "bias", "target")}
+        if is_strided:
+            given = {key: torch.stack([value, value + 1], dim=-1)[..., 0] for key, value in given.items()}
+        hidden, bias = given["hidden"].bfloat16().requires_grad_(), given["bias"].requires_grad_()
+        weight = case["weight"].cuda().bfloat16().requires_grad_()
+        loss = exit_cross_entropy(
+            hidden,
+            weight,
+            given["target"],
+            feedback=make_rule("dense").cuda(),
+            linear_bias=bias if has_bias else None,
+            backend="triton",
+            preset=preset,
+        )
+        loss.backward()
+        results.append((loss.detach(), hidden.grad, weight.grad))
+    for plain, strided in zip(*results, strict=True):
+        torch.testing.assert_close(strided, plain)
 
 
 @pytest.mark.parametrize("name", ["dense", "anchors", "anchors_shared", "mirror_sampled"])
