@@ -169,7 +169,7 @@ def tile_error(
     options: LossOptions,
     vocab_size: int,
     bias: Tensor | None,
-    first: int = 0,
+    first: int,
 ) -> None:
     """Turn a tile of raw logits [N, n] into the error for row weight one, in place.
 

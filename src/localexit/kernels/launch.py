@@ -196,7 +196,7 @@ def product_tile(
     log_prob: Tensor,
     is_counted: Tensor,
     out: Tensor,
-    first: int = 0,
+    first: int,
 ) -> None:
     """The product and `tile_error` at once, for a plain loss without z-loss: the error goes to `out` [n, columns]."""
     _product(hidden, weight, out, target, gold_logit, log_prob=log_prob, is_counted=is_counted, first=first)
@@ -280,7 +280,7 @@ def tile_error(
     options: LossOptions,
     vocab_size: int,
     bias: Tensor | None,
-    first: int = 0,
+    first: int,
 ) -> None:
     """As `exits.loss.tile_error`, from logits without the bias."""
     num_rows, num_columns = logits.shape
