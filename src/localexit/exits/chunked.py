@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -300,6 +301,11 @@ def _num_chunk_rows(call: ExitCall, stages: Stages) -> int:
     return chunk_rows(call.hidden.shape[0], num_columns, stages.buffer_dtype(call).itemsize, budget)
 
 
+def split_together(tensors: Sequence[Tensor | None], size: int) -> Iterator[tuple[Any, ...]]:
+    """So many rows of all these tensors after the other; None of what is None."""
+    return zip(*(repeat(None) if tensor is None else tensor.split(size) for tensor in tensors), strict=False)
+
+
 def is_in_vocabulary(target: Tensor, vocab_size: int) -> Tensor:
     """Which of these are in 0..V-1."""
     return target == target.clamp(0, vocab_size - 1)
@@ -374,9 +380,7 @@ class _Loop:
         of_tokens = (
             self.call.hidden, self.is_counted, self.target, self.scale, self.call.uniforms, self.feedback,
         )  # fmt: skip
-        starts = range(0, len(self.call.hidden), size) if size else ()
-        parts = ([None] * len(starts) if tokens is None else tokens.split(size) for tokens in of_tokens)
-        return [_Chunk(*chunk) for chunk in zip(*parts, strict=True)] if starts else []
+        return [_Chunk(*chunk) for chunk in split_together(of_tokens, size)] if size else []
 
     def _accumulator(self, given: Tensor | None, shape: Sequence[int], is_needed: bool) -> Tensor | None:
         if not is_needed:

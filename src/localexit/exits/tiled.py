@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from localexit.exits.chunked import ALIGNMENT, LossCall, Stages, is_in_vocabulary
+from localexit.exits.chunked import ALIGNMENT, LossCall, Stages, is_in_vocabulary, split_together
 from localexit.feedback.base import product
 
 # Bytes of one tile [N, columns] of logits, by device type; on a GPU of the tile and the scaled hidden states together:
@@ -51,10 +51,8 @@ def add_tiled_grads(
     buffer_dtype = stages.buffer_dtype(call)
     columns = _tile_columns(len(hidden), buffer_dtype.itemsize, scaled)
     buffer = hidden.new_empty(len(hidden) * min(columns, vocab_size), dtype=buffer_dtype)
-    of_tokens = (call.weight, call.bias, weight_grad, bias_grad)
-    starts = range(0, vocab_size, columns)
-    tiles = ([None] * len(starts) if tensor is None else tensor.split(columns) for tensor in of_tokens)
-    for start, weight, bias, weight_sum, bias_sum in zip(starts, *tiles, strict=True):
+    tiles = split_together((call.weight, call.bias, weight_grad, bias_grad), columns)
+    for start, (weight, bias, weight_sum, bias_sum) in zip(range(0, vocab_size, columns), tiles, strict=True):
         weight = weight.to(call.compute_dtype)
         bias = None if bias is None else bias.to(scale.dtype)
         logits = buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))

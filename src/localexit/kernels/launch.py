@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from localexit.exits.loss import LossOptions
+from localexit.exits.loss import LossOptions, RowResult
 from localexit.feedback.groups import GROUP
 from localexit.kernels.devices import on_its_device
 from localexit.kernels.filtered import list_rows_kernel, listed_weight_grad_kernel
@@ -35,25 +35,17 @@ def error_launch(num_rows: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ErrorPass:
-    """What `error_pass` leaves besides the values in place of the logits.
+class ErrorPass(RowResult):
+    """What `error_pass` and `product_pass` leave besides the values in place of the logits, in fp32.
 
     Attributes:
-        loss, gold_logit, log_prob, scale: fp32 [n]; the error is `scale[:, None] * values`.
-        weighted_scale: fp32 [n], the scale times the row weight, from `product_pass`.
-        argmax: int64 [n], entropy: fp32 [n], empty unless asked for.
-        group_max, group_sum: fp32 [n, G] of the magnitudes of the values without gold, empty unless asked for.
+        scale: [n], the error is `scale[:, None] * values`.
+        group_max, group_sum: [n, G] of the magnitudes of the values without gold, empty unless asked for.
     """
 
-    loss: Tensor
-    gold_logit: Tensor
-    log_prob: Tensor
     scale: Tensor
-    argmax: Tensor
-    entropy: Tensor
     group_max: Tensor
     group_sum: Tensor
-    weighted_scale: Tensor | None = None
 
 
 @on_its_device

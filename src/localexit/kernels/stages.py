@@ -66,14 +66,6 @@ class GroupedError(Error):
         return self.weighted_rows(ids, weights, codes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GroupedRowResult(RowResult):
-    """A `RowResult` with what `GroupedError` needs."""
-
-    group_max: Tensor
-    group_sum: Tensor
-
-
 def fused_loss_and_error(
     logits: Tensor,
     target: Tensor,
@@ -85,25 +77,11 @@ def fused_loss_and_error(
     need_groups: bool = False,
     need_stats: bool = False,
     scratch: Tensor | None = None,
-) -> GroupedRowResult:
+) -> ErrorPass:
     """As `exits.loss.loss_and_error`, from logits without the bias, leaving `values` with the returned scale."""
     del need_error, scratch
     assert not need_logits, "`supported` refuses rules that read the logits"
-    return _row_result(error_pass(logits, target, options, bias=bias, need_stats=need_stats, need_groups=need_groups))
-
-
-def _row_result(result: ErrorPass) -> GroupedRowResult:
-    return GroupedRowResult(
-        loss=result.loss,
-        gold_logit=result.gold_logit,
-        log_prob=result.log_prob,
-        argmax=result.argmax,
-        entropy=result.entropy,
-        scale=result.scale,
-        weighted_scale=result.weighted_scale,
-        group_max=result.group_max,
-        group_sum=result.group_sum,
-    )
+    return error_pass(logits, target, options, bias=bias, need_stats=need_stats, need_groups=need_groups)
 
 
 def _is_plain(call: LossCall) -> bool:
@@ -111,38 +89,11 @@ def _is_plain(call: LossCall) -> bool:
 
 
 def _fused_product(call: ExitCall, weight: Tensor) -> Callable[..., RowResult] | None:
-    return _product_and_error if _is_plain(call) and not call.need_stats and takes_product(weight) else None
+    return product_pass if _is_plain(call) and not call.need_stats and takes_product(weight) else None
 
 
 def _fused_tile(call: LossCall, weight: Tensor) -> Callable[..., None] | None:
     return product_tile if _is_plain(call) and not call.options.z_loss and takes_product(weight) else None
-
-
-def _product_and_error(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    options: LossOptions,
-    *,
-    is_counted: Tensor,
-    row_weight: Tensor,
-    clean: Tensor,
-    out: Tensor,
-    need_groups: bool,
-) -> RowResult:
-    return _row_result(
-        product_pass(
-            hidden,
-            weight,
-            target,
-            options,
-            is_counted=is_counted,
-            row_weight=row_weight,
-            clean=clean,
-            out=out,
-            need_groups=need_groups,
-        )
-    )
 
 
 def _logits_without_bias(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -153,15 +104,14 @@ def _logits_without_bias(hidden: Tensor, weight: Tensor, bias: Tensor | None, ou
 def _add_filtered_weight_grad(
     total: Tensor | None, values: Tensor, scaled_hidden: Tensor, target: Tensor, result: RowResult
 ) -> Tensor:
-    assert isinstance(result, GroupedRowResult)
-    assert result.scale is not None
+    assert isinstance(result, ErrorPass)
     return add_listed_weight_grad(
         values, total, scaled_hidden, target, result.group_max, result.scale, FILTER_THRESHOLD
     )
 
 
 def _grouped_view(values: Tensor, scale: Tensor, result: RowResult) -> Error:
-    assert isinstance(result, GroupedRowResult)
+    assert isinstance(result, ErrorPass)
     return GroupedError(values=values, scale=scale, group_max=result.group_max, group_sum=result.group_sum)
 
 
