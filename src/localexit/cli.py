@@ -472,7 +472,7 @@ def _refusal(error: BaseException) -> tuple[str, int]:
         return f"not enough memory ({reason}); smaller batches, contexts or models need less of it", FAILED
     if isinstance(error, RuntimeError):
         from localexit.bench.gate import GateError
-        from localexit.train.trainer import RunFailedError
+        from localexit.train.errors import RunFailedError
 
         if not isinstance(error, RunFailedError | GateError):
             raise error

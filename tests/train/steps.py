@@ -162,12 +162,12 @@ def many_steps(text: Path, num_steps: int, **changes: Any) -> TrainConfig:
     )
 
 
-def main(folder: Path, *, num_steps: int, device: str, is_compiled: bool) -> int:
+def main(folder: Path, *, num_steps: int, device: str, is_compiled: bool, is_replayed: bool) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "text"
     if not text.exists():
         write_corpus(text)
-    config = many_steps(text, num_steps, device=device, compile=is_compiled)
+    config = many_steps(text, num_steps, device=device, compile=is_compiled, cuda_graph=is_replayed)
     if run_steps(config, folder, cache_dir=(folder / "cache").resolve()).status == "interrupted":
         sys.stdout.write("stopped; the same command goes on\n")
         return 1
@@ -184,6 +184,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("num_steps", type=int, nargs="?", default=NUM_STEPS)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     parser.add_argument("--compile", dest="is_compiled", action="store_true", help="train with compiled blocks")
+    parser.add_argument("--cuda-graph", dest="is_replayed", action="store_true", help="replay recorded steps")
     return parser.parse_args()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from localexit.train.config import FeedbackSpec, TrainConfig
-from localexit.train.trainer import NonFiniteError
+from localexit.train.errors import NonFiniteError
 from train.test_trainer import make_trainer, parameters
 
 OPTIONS: dict[str, Any] = {"optimizer": "in_backward", "lr": 1e-2, "feedback": FeedbackSpec.parse("mirror_sampled")}

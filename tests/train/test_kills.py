@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from helpers.commands import environment
 from localexit.train.checkpoint import load_newest, save_checkpoint
 from localexit.train.config import TrainConfig
-from localexit.train.trainer import RunFailedError
+from localexit.train.errors import RunFailedError
 from train.small_runs import small_config, train_quietly
 from train.test_checkpoint import snapshot
 from train.test_loop import records, without_times

@@ -21,8 +21,9 @@ from localexit.train.checkpoint import load_checkpoint
 from localexit.train.config import FeedbackSpec, TrainConfig
 from localexit.train.data import load_data
 from localexit.train.devices import resolve_device, resolve_precision
+from localexit.train.errors import NonFiniteError, RunFailedError
 from localexit.train.stop import StopRequest
-from localexit.train.trainer import NonFiniteError, RunFailedError, StepResult, Trainer
+from localexit.train.trainer import StepResult, Trainer
 from train.small_runs import small_config, train_quietly, write_corpus
 
 RUN_FILES = {"config.json", "corpus.json", "metrics.jsonl", "checkpoints", "model"}

@@ -15,7 +15,8 @@ from torch import Tensor
 from localexit import LocalModel
 from localexit.train.checkpoint import load_checkpoint
 from localexit.train.config import FeedbackSpec
-from localexit.train.trainer import NonFiniteError, Trainer
+from localexit.train.errors import NonFiniteError
+from localexit.train.trainer import Trainer
 from train.small_runs import small_config, train_quietly
 from train.test_trainer import make_trainer
 

@@ -18,9 +18,9 @@ FORMAT = 1
 FILE_NAME = "cells.jsonl"
 UNFINISHED_NAME = "unfinished"
 # Settings that say what all methods of a model and budget are trained and validated on, and whether times compare.
-_SHARED = ("vocab_size", "batch_size", "accumulate", "context", "eval_tokens", "compile")
-# They change no result and may differ; `compile` changes times.
-_FREE = FREE_ON_RESUME - {"compile"} | {"seed"}
+_SHARED = ("vocab_size", "batch_size", "accumulate", "context", "eval_tokens", "compile", "cuda_graph")
+# They change no result and may differ; these two change times.
+_FREE = FREE_ON_RESUME - {"compile", "cuda_graph"} | {"seed"}
 
 
 class Key(NamedTuple):

@@ -17,8 +17,8 @@ EXACT, BACKPROP = "transport", "backprop"
 SAME_FOR_ALL = frozenset(
     {
         *("data", "model", "vocab_size", "feedback", "backward", "train_blocks", "steps", "batch_size", "accumulate"),
-        *("context", "seed", "precision", "device", "threads", "compile", "log_every", "eval_every", "eval_tokens"),
-        *("diagnose_every", "checkpoint_every", "prompt", "sample_tokens", "track"),
+        *("context", "seed", "precision", "device", "threads", "compile", "cuda_graph", "log_every", "eval_every"),
+        *("eval_tokens", "diagnose_every", "checkpoint_every", "prompt", "sample_tokens", "track"),
     }
 )
 SETTINGS = tuple(f.name for f in fields(TrainConfig) if f.name not in SAME_FOR_ALL)

@@ -23,10 +23,11 @@ from localexit.train.checkpoint import load_newest, save_checkpoint
 from localexit.train.config import TrainConfig
 from localexit.train.data import RunData, load_data
 from localexit.train.devices import device_name, resolve_device, resolve_precision
+from localexit.train.errors import NonFiniteError
 from localexit.train.evaluate import diagnose_feedback, validate
 from localexit.train.folder import versions
 from localexit.train.loop import make_trainer
-from localexit.train.trainer import NonFiniteError, Trainer
+from localexit.train.trainer import Trainer
 
 # The first steps of a call allocate and compile; their times are not counted.
 NUM_WARM_UP_STEPS = 5

@@ -262,6 +262,11 @@ class Feedback(nn.Module):
         """The feedback of one chunk: [n, D] in the accumulation dtype."""
         raise NotImplementedError
 
+    @property
+    def is_update_fixed(self) -> bool:
+        """Whether `update()` does the same on the device in every step, so that a CUDA graph of it can be replayed."""
+        return True
+
     @torch.no_grad()
     def update(self) -> None:
         """End of an optimiser step: call once, after every exit of the step has used the rule."""

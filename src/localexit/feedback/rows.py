@@ -145,6 +145,11 @@ class WeightMirror(Rows):
         super().set_extra_state(state)
         self._set_num_steps(int(self.step))
 
+    @property
+    def is_update_fixed(self) -> bool:
+        """Whether it neither sits steps out nor rounds at random, from seeds that the host makes."""
+        return self.update_every == 1 and self.storage == "fp32"
+
     def _set_num_steps(self, num_steps: int) -> None:
         self._num_steps, self.is_learning = num_steps, num_steps % self.update_every == 0
 

@@ -157,9 +157,10 @@ class TrainingStep(Step):
         """Σ weight · loss over the exits that have taken part."""
         if not losses:
             return self.batch.target.new_zeros((), dtype=torch.float32)
-        weights = [self.batch.weights[index] for index in losses]
-        stacked = torch.stack(list(losses.values()))
-        return (stacked * stacked.new_tensor(weights)).sum()
+        # Numbers of the host: a tensor of them would be a copy to the device, for which a CUDA graph has no place.
+        weights = self.batch.weights
+        weighted = [loss if weights[index] == 1 else loss * weights[index] for index, loss in losses.items()]
+        return torch.stack(weighted).sum()
 
 
 @dataclass(kw_only=True)

@@ -34,7 +34,7 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 DIAGNOSE_TOKENS = 17408
 
 # They say where and how fast a run computes, not what, or what to do about what ended it: a resume may change them.
-FREE_ON_RESUME = frozenset({"device", "threads", "compile", "non_finite", "max_skipped", "track"})
+FREE_ON_RESUME = frozenset({"device", "threads", "compile", "cuda_graph", "non_finite", "max_skipped", "track"})
 # Fields that runs of the first version do not have, and what those runs did.
 _ADDED_FIELDS: Mapping[str, Any] = {
     "unembedding_std": 0.02,
@@ -50,6 +50,7 @@ _ADDED_FIELDS: Mapping[str, Any] = {
     "shard": False,
     "diagnose_every": 0,
     "compile": False,
+    "cuda_graph": False,
 }
 
 
@@ -149,6 +150,8 @@ class TrainConfig:
         device: auto, cpu, cuda, cuda:1, …
         threads: CPU threads; torch's choice by default.
         compile: train with compiled blocks, which the first step waits for; everything but training stays as it is.
+        cuda_graph: record the work of a step on a GPU once and replay it, which spares the host the launches of small
+            models' kernels.
         shard: spread the blocks' parameters, gradients and optimiser state over the processes of the run.
         log_every: steps between training records.
         eval_every: steps between validations; the last step always has one.
@@ -197,6 +200,7 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     compile: bool = False
+    cuda_graph: bool = False
     shard: bool = False
     log_every: int = 1
     eval_every: int = 100
@@ -246,6 +250,8 @@ class TrainConfig:
         tracker_names(self.track)
         if self.optimizer == "in_backward":
             self._check_in_backward()
+        if self.cuda_graph:
+            self._check_cuda_graph()
 
     def _check_in_backward(self) -> None:
         for name, needed in (("backward", "stream"), ("accumulate", 1), ("non_finite", "stop")):
@@ -253,6 +259,15 @@ class TrainConfig:
                 raise ValueError(
                     f"optimizer='in_backward' steps each unit before the others' gradients exist: expected "
                     f"{name}={needed!r}, got {getattr(self, name)!r}; change it, or pass optimizer='after_backward'"
+                )
+
+    def _check_cuda_graph(self) -> None:
+        expected = {"optimizer": "after_backward", "exits_per_step": None, "exit_warmup": 0, "shard": False}
+        for name, needed in expected.items():
+            if getattr(self, name) != needed:
+                raise ValueError(
+                    f"cuda_graph replays the same work in every step of one process: expected {name}={needed!r}, got "
+                    f"{getattr(self, name)!r}; change it, or leave cuda_graph out"
                 )
 
     def _check_optimizer(self) -> None:

@@ -28,6 +28,7 @@ from localexit.train.checkpoint import load_newest, save_checkpoint
 from localexit.train.config import TrainConfig, exit_indices
 from localexit.train.data import RunData, load_data
 from localexit.train.devices import device_name, resolve_device, resolve_precision
+from localexit.train.errors import NonFiniteError, RunFailedError
 from localexit.train.evaluate import diagnose_feedback, validate
 from localexit.train.export import export_model
 from localexit.train.folder import RunFolder, versions
@@ -40,7 +41,7 @@ from localexit.train.ranks import Ranks, joined
 from localexit.train.sharded import gathered_state, save_sharded
 from localexit.train.stop import StopRequest
 from localexit.train.trackers import Trackers
-from localexit.train.trainer import NonFiniteError, RunFailedError, Trainer
+from localexit.train.trainer import Trainer
 
 PROMPT_TOKENS = 16
 

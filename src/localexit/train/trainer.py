@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,22 +15,16 @@ from localexit.feedback.draws import derive_seed
 from localexit.local import LocalModel, StepInBackward
 from localexit.local.sharding import is_sharded
 from localexit.train.batches import BatchSampler
+from localexit.train.captured import CapturedStep, Measure, check_can_capture
 from localexit.train.checkpoint import CheckpointError, Snapshot
 from localexit.train.config import TrainConfig
 from localexit.train.devices import autocast
+from localexit.train.errors import NonFiniteError
 from localexit.train.optim import make_optimizer, make_scheduler
 from localexit.train.sharded import read_shards
 
 # Of each exit; None for one that sat the step out.
 Losses = tuple[float | None, ...]
-
-
-class RunFailedError(RuntimeError):
-    """A run that had to stop; its last checkpoint is whole."""
-
-
-class NonFiniteError(RunFailedError):
-    """A loss or a gradient that is NaN or infinite, found before the optimiser saw it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +82,12 @@ class Trainer:
         self.in_backward = (
             StepInBackward(local, self.optimizer, max_norm=config.clip) if config.optimizer == "in_backward" else None
         )
+        self._measure: Measure = self._gradients_and_norms
+        self._apply: Callable[[], None] = self._step_and_update
+        if config.cuda_graph:
+            check_can_capture(local, self.device)
+            captured = CapturedStep(self._measure, self._apply, self.optimizer, self.device)
+            self._measure, self._apply = captured.measure, captured.apply
         self.step, self.tokens, self.seconds, self.num_skipped = 0, 0, 0.0, 0
 
     def train_step(self) -> StepResult:
@@ -102,12 +102,8 @@ class Trainer:
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
         batches, losses, grad_norms, skipped = self._finite_gradients()
-        if self.in_backward is None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        self._apply()
         self.scheduler.step()
-        # The mirror learns from pairs that this step's W measured, after every exit has used it.
-        self.local.update()
         num_tokens = sum(ids.numel() for ids in batches) * self._num_ranks
         duration = time.perf_counter() - start
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + num_tokens, self.seconds + duration
@@ -165,14 +161,25 @@ class Trainer:
         while True:
             batches = [self.sampler.next_batch().to(self.device) for _ in range(self.config.accumulate)]
             took_part = [weight > 0 for weight in self.local.step_weights()]
-            gradients = self._gradients(batches)
-            grad_norms = self._clip()
-            measured = torch.cat([gradients.double(), grad_norms.double()]).tolist()
+            measured = self._measure(batches).tolist()
             losses = tuple(loss if took else None for loss, took in zip(measured, took_part, strict=False))
             norms = tuple(measured[self.local.num_exits :])
             if all(value is None or math.isfinite(value) for value in (*losses, *norms)):
                 return batches, losses, norms, skipped
             skipped.append(self._skip(torch.tensor(measured), batches))
+
+    def _gradients_and_norms(self, batches: Sequence[Tensor]) -> Tensor:
+        """Gradients in `.grad`, clipped; losses of the exits and the norms before, fp64 [2 L + 1]."""
+        losses = self._gradients(batches)
+        return torch.cat([losses.double(), self._clip().double()])
+
+    def _step_and_update(self) -> None:
+        """What follows from gradients that are finite."""
+        if self.in_backward is None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        # The mirror learns from pairs that this step's W measured, after every exit has used it.
+        self.local.update()
 
     def _clip(self) -> Tensor:
         """Clip every unit and what they share, and give the norms; with steps in the backward this ends the step."""
@@ -180,7 +187,7 @@ class Trainer:
             return self.in_backward.step()
         return self.local.clip_grad_norm_(self.config.clip)
 
-    def _gradients(self, batches: list[Tensor]) -> Tensor:
+    def _gradients(self, batches: Sequence[Tensor]) -> Tensor:
         """Losses of the exits [L] over all micro-batches; their gradients are in `.grad`."""
         num_items = sum(ids[:, 1:].numel() for ids in batches) * self._num_ranks
         losses = torch.zeros(self.local.num_exits, device=self.device)

@@ -1,0 +1,159 @@
+"""The work of a training step, recorded once in CUDA graphs and replayed from then on.
+
+A step of a small model is hundreds of kernels of some microseconds, and the host takes longer to launch each. A graph
+launches all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+from localexit.local import LocalModel
+from localexit.train.errors import RunFailedError
+
+# What compiles, chooses its kernels or makes its state does so in the first steps.
+NUM_STEPS_BEFORE = 3
+
+Measure = Callable[[Sequence[Tensor]], Tensor]
+
+
+class CapturedStep:
+    """Both halves of a training step, between which the host looks at what was measured.
+
+    The first steps run as they are, on the stream that records afterwards. From then on a step is two graphs: batches
+    of the same shape go in, and everything on the device happens as it did when it was recorded. What the host counts
+    does not: a rule must say that its `update()` is the same in every step (`Feedback.is_update_fixed`).
+
+    Args:
+        measure: losses and gradients of some batches, as one tensor; without a copy to the host.
+        apply: the optimiser's step and the rule's update from what `measure` has left; likewise.
+        optimizer: its learning rates may change from step to step.
+        device: the GPU.
+    """
+
+    def __init__(
+        self, measure: Measure, apply: Callable[[], None], optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> None:
+        self._measure, self._apply, self._optimizer = measure, apply, optimizer
+        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        self._stream = torch.cuda.Stream(device)
+        self._num_steps = 0
+        self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+        self._batches: list[Tensor] = []
+        self._measured: Tensor | None = None
+
+    def measure(self, batches: Sequence[Tensor]) -> Tensor:
+        """Gradients of these batches, and what is measured with them; overwritten by the next call.
+
+        Raises:
+            RunFailedError: the step cannot be recorded.
+        """
+        if self._graphs is None and self._num_steps < NUM_STEPS_BEFORE:
+            with self._beside():
+                return self._measure(batches)
+        if self._graphs is None:
+            self._graphs = self._recorded(batches)
+        for fixed, batch in zip(self._batches, batches, strict=True):
+            fixed.copy_(batch)
+        self._graphs[0].replay()
+        assert self._measured is not None, "it was recorded"
+        return self._measured
+
+    def apply(self) -> None:
+        """Step the optimiser and update the rule from the gradients of the last `measure`."""
+        for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        if self._graphs is not None:
+            self._graphs[1].replay()
+            return
+        with self._beside(), self._rates_on_device():
+            self._apply()
+        self._num_steps += 1
+
+    def _recorded(self, batches: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
+        self._batches = [batch.clone() for batch in batches]
+        measuring, applying = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        try:
+            with _without_masks(), torch.cuda.graph(measuring, stream=self._stream):
+                self._measured = self._measure(self._batches)
+            # Gradients and pairs live from one graph to the other: in one pool nothing else takes their place.
+            with (
+                self._rates_on_device(is_recording=True),
+                torch.cuda.graph(applying, pool=measuring.pool(), stream=self._stream),
+            ):
+                self._apply()
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise RunFailedError(
+                f"cuda_graph: expected a step without copies to the host, whose kernels are the same in every step, "
+                f"got a model or rule that cannot be recorded ({reason}); leave cuda_graph out"
+            ) from error
+        return measuring, applying
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On the recording stream, in order with what is before and after."""
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), _without_masks():
+            yield
+        current.wait_stream(self._stream)
+
+    @contextmanager
+    def _rates_on_device(self, *, is_recording: bool = False) -> Iterator[None]:
+        """The optimiser reads its learning rates where a graph can; the schedule and checkpoints have plain numbers."""
+        groups = self._optimizer.param_groups
+        before = [{key: group[key] for key in ("lr", "capturable")} for group in groups]
+        for group, rate in zip(groups, self._rates, strict=True):
+            group.update(lr=rate, capturable=is_recording)
+        try:
+            yield
+        finally:
+            for group, values in zip(groups, before, strict=True):
+                group.update(values)
+
+
+def check_can_capture(local: LocalModel, device: torch.device) -> None:
+    """Refuse what a graph cannot do.
+
+    Raises:
+        ValueError: no GPU, several processes, exits that sit out, or a rule whose update differs from step to step.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graph: expected a CUDA device, got {str(device)!r}; leave cuda_graph out")
+    if local.data_parallel is not None:
+        raise ValueError(
+            "cuda_graph: expected one process, got several that share the batch; leave cuda_graph out, or start one"
+        )
+    if not local.feedback.is_update_fixed:
+        raise ValueError(
+            f"cuda_graph: expected a rule whose update is the same in every step, got {local.feedback}; use fp32 "
+            f"storage and update_every=1, or leave cuda_graph out"
+        )
+
+
+# What transformers' masks ask of their surroundings, by name: a run's batches have one sequence in a row, and nothing
+# is traced while a graph is recorded.
+_ASKED = {"find_packed_sequence_indices": None, "is_tracing": False}
+
+
+@contextmanager
+def _without_masks() -> Iterator[None]:
+    """Let transformers leave causal masks to the attention, as it does in every step that is not recorded.
+
+    It looks for several sequences in one row at the numbers, which the host cannot do while a graph is recorded. There
+    it would make a [B, T, T] mask, and attention with a mask takes other kernels, and longer.
+    """
+    asked = {name: getattr(masking_utils, name) for name in _ASKED if hasattr(masking_utils, name)}
+    for name in asked:
+        setattr(masking_utils, name, lambda *_args, answer=_ASKED[name]: answer)
+    try:
+        yield
+    finally:
+        for name, function in asked.items():
+            setattr(masking_utils, name, function)

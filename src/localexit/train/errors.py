@@ -1,0 +1,11 @@
+"""What ends a run that has begun."""
+
+from __future__ import annotations
+
+
+class RunFailedError(RuntimeError):
+    """A run that had to stop; its last checkpoint is whole."""
+
+
+class NonFiniteError(RunFailedError):
+    """A loss or a gradient that is NaN or infinite, found before the optimiser saw it."""
