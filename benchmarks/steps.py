@@ -10,6 +10,7 @@ its losses. On a CPU, which has no graphs, only plain and compiled are timed.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import time
@@ -45,6 +46,8 @@ def settings_of(model: str, batch_size: int, context: int, feedback: str, **more
     return TrainConfig(model=model, batch_size=batch_size, context=context, feedback=rule, **more)
 
 
+# As many as Python's standard library fills.
+MEDIUM_VOCAB = 32000
 SETTINGS = {
     "tiny, 2×16": settings_of("tiny", 2, 16, "mirror"),
     "demo, 8×128": settings_of("demo", 8, 128, "mirror"),
@@ -53,10 +56,14 @@ SETTINGS = {
     "small, 64×256, a sixth of the tokens": settings_of("small", 64, 256, "mirror_sampled", token_share=1 / 6),
     "small, 64×256, every:3": settings_of("small", 64, 256, "mirror_sampled", exits="every:3"),
     "small, 64×256, backprop": settings_of("small", 64, 256, "transport", exits="-1"),
-    "medium, 16×1024": settings_of("medium", 16, 1024, "transport_sampled"),
-    "medium, 16×1024, a twelfth": settings_of("medium", 16, 1024, "transport_sampled", token_share=1 / 12),
-    "medium, 16×1024, every:6": settings_of("medium", 16, 1024, "transport_sampled", exits="every:6"),
-    "medium, 16×1024, backprop": settings_of("medium", 16, 1024, "transport", exits="-1"),
+    "medium, 16×1024": settings_of("medium", 16, 1024, "transport_sampled", vocab_size=MEDIUM_VOCAB),
+    "medium, 16×1024, a twelfth": settings_of(
+        "medium", 16, 1024, "transport_sampled", vocab_size=MEDIUM_VOCAB, token_share=1 / 12
+    ),
+    "medium, 16×1024, every:6": settings_of(
+        "medium", 16, 1024, "transport_sampled", vocab_size=MEDIUM_VOCAB, exits="every:6"
+    ),
+    "medium, 16×1024, backprop": settings_of("medium", 16, 1024, "transport", vocab_size=MEDIUM_VOCAB, exits="-1"),
 }
 
 
@@ -65,6 +72,8 @@ def measure(config: TrainConfig, device: torch.device, num_steps: int) -> dict[s
     torch.compiler.reset()
     has_gpu = device.type == "cuda"
     if has_gpu:
+        # The trainer before is a cycle.
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     precision = resolve_precision(config.precision, device)
