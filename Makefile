@@ -80,8 +80,9 @@ bench: $(STAMP)  ## the CPU benchmark table
 families: $(STAMP)  ## write docs/families.md: which models of transformers can be trained locally
 	PYTHONPATH=tests $(BIN)/python -m local.families
 
-tables: $(STAMP)  ## the tables of docs/performance.md and docs/scaling.md, from benchmarks/results and formulas
+tables: $(STAMP)  ## the tables of docs/performance.md, costs.md and scaling.md, from benchmarks/results and formulas
 	$(BIN)/python benchmarks/performance_page.py
+	$(BIN)/python benchmarks/costs_page.py
 	$(BIN)/python benchmarks/scaling_page.py
 
 coverage: $(STAMP)  ## line and branch coverage of src

@@ -30,12 +30,17 @@ MOST_PRODUCTS = {"llama": 2.2, "gemma": 2.3, "gpt2": 2.8}
 
 def written(text: str, cpu: Content, gpu: Content) -> str:
     """The page with its tables made anew."""
+    return rewritten(text, lambda name: BLOCKS[name](cpu if name.startswith("cpu") else gpu))
 
-    def replaced(found: re.Match[str]) -> str:
-        name = found[1]
-        return f"<!-- {name} -->\n{BLOCKS[name](cpu if name.startswith('cpu') else gpu)}\n<!-- end -->"
 
-    return re.sub(r"<!-- ([a-z-]+) -->\n.*?\n?<!-- end -->", replaced, text, flags=re.DOTALL)
+def rewritten(text: str, block: Callable[[str], str]) -> str:
+    """A page with what stands in its places made anew, each from the place's name."""
+    return re.sub(
+        r"<!-- ([a-z-]+) -->\n.*?\n?<!-- end -->",
+        lambda found: f"<!-- {found[1]} -->\n{block(found[1])}\n<!-- end -->",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def table(head: Row, rows: Sequence[Row]) -> str:

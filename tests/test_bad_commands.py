@@ -124,6 +124,9 @@ CASES: list[tuple[str, list[str]]] = [
     ("train --exit-weights 1 2 --data text", ["exit_weights must be 4 positive numbers", "[1.0, 2.0]"]),
     ("train --exit-weights 1 1 1 0 --data text", ["exit_weights must be 4 positive numbers", "0.0"]),
     ("train --exit-weights 1 1 1 nan --data text", ["exit_weights must be 4 positive numbers", "nan"]),
+    ("train --cuda-graph --device cpu --data text", ["cuda_graph", "CUDA device", "cpu"]),
+    ("train --cuda-graph --feedback mirror:update_every=2 --data text", ["cuda_graph", "'mirror'", "update_every"]),
+    ("train --cuda-graph --exits-per-step 1 --data text", ["cuda_graph", "exits_per_step"]),
     ("train --exits-per-step 5 --data text", ["exits_per_step must be at most 4", "5"]),
     # Models, devices, texts.
     ("train --model damaged --data text", ["model", "damaged", "is a run", "'damaged/model'"]),

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import sys
+import re
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 
 from docs.pages import ROOT, page, table
 
+TEXT = page("costs.md")
+
 
 @pytest.fixture(scope="module")
-def costs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("formulas_of_costs", ROOT / "benchmarks" / "costs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def writer() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module("costs_page")
 
 
-def test_the_tables_are_those_of_the_formulas(costs: ModuleType) -> None:
-    text = page("costs.md")
-    assert text.count(costs.BEGIN) == text.count(costs.END) == 1
-    assert text.split(costs.BEGIN)[1].split(costs.END)[0] == costs.tables()
+@pytest.fixture(scope="module")
+def costs(writer: ModuleType) -> ModuleType:
+    formulas: ModuleType = writer.costs_formulas
+    return formulas
+
+
+def test_the_page_is_what_formulas_and_results_say(writer: ModuleType) -> None:
+    assert writer.written(TEXT) == TEXT, "run `make tables`"
+
+
+def test_every_table_has_its_place(writer: ModuleType) -> None:
+    assert set(re.findall(r"<!-- ([a-z-]+) -->", TEXT)) - {"end"} == set(writer.BLOCKS)
 
 
 def test_a_factor_by_hand(costs: ModuleType) -> None:
@@ -45,9 +51,9 @@ def test_break_even_is_the_last_number_of_exits_within_the_limit(costs: ModuleTy
 
 
 def test_the_measured_memory_is_that_of_the_file() -> None:
-    rows = table(page("costs.md"), "peak of the activations, MiB, at")
+    rows = table(TEXT, "MiB at")
     measured = json.loads((ROOT / "benchmarks" / "results" / "depth_cpu.json").read_text())["memory"]
     for row, cell in zip(rows, measured.values(), strict=True):
         peaks = [f"{peak / 2**20:.1f}" for peak in cell["peak_bytes"].values()]
         assert [row["4"], row["8"], row["16"], row["32"], row["64 blocks"]] == peaks
-        assert row["a block more"] == f"{abs(cell['bytes_a_block']) / 2**20:.3f}"
+        assert row["a block more"] == f"{abs(cell['bytes_a_block']) / 2**20:.2f}"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,15 @@ def test_differences_name_the_fields_and_leave_the_free_ones_out() -> None:
         f"lr: the run has {config.lr!r}, got 0.01",
     ]
     assert config.differences(config) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("optimizer", "in_backward"), ("exits_per_step", 1), ("exit_warmup", 2), ("shard", True)],
+)
+def test_what_differs_from_step_to_step_is_not_recorded(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"cuda_graph replays the same work.*expected {field}="):
+        TrainConfig(cuda_graph=True, **{field: value})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from localexit.local import LocalModel
+from localexit.feedback.base import Feedback
 from localexit.train.errors import RunFailedError
 
 # What compiles, chooses its kernels or makes its state does so in the first steps.
@@ -79,7 +79,7 @@ class CapturedStep:
         self._batches = [batch.clone() for batch in batches]
         measuring, applying = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         try:
-            with _without_masks(), torch.cuda.graph(measuring, stream=self._stream):
+            with without_masks(), torch.cuda.graph(measuring, stream=self._stream):
                 self._measured = self._measure(self._batches)
             # Gradients and pairs live from one graph to the other: in one pool nothing else takes their place.
             with (
@@ -100,7 +100,7 @@ class CapturedStep:
         """On the recording stream, in order with what is before and after."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), _without_masks():
+        with torch.cuda.stream(self._stream), without_masks():
             yield
         current.wait_stream(self._stream)
 
@@ -118,22 +118,31 @@ class CapturedStep:
                 group.update(values)
 
 
-def check_can_capture(local: LocalModel, device: torch.device) -> None:
-    """Refuse what a graph cannot do.
+def check_machine(device: torch.device, *, num_processes: int) -> None:
+    """Refuse to record steps where they cannot be.
 
     Raises:
-        ValueError: no GPU, several processes, exits that sit out, or a rule whose update differs from step to step.
+        ValueError: not on a GPU, or several processes share a batch.
     """
     if device.type != "cuda":
         raise ValueError(f"cuda_graph: expected a CUDA device, got {str(device)!r}; leave cuda_graph out")
-    if local.data_parallel is not None:
+    if num_processes > 1:
         raise ValueError(
-            "cuda_graph: expected one process, got several that share the batch; leave cuda_graph out, or start one"
+            f"cuda_graph: expected one process, got {num_processes} that share a batch; start one, or leave cuda_graph "
+            f"out"
         )
-    if not local.feedback.is_update_fixed:
+
+
+def check_rule(feedback: Feedback) -> None:
+    """Refuse a rule that a replayed `update()` would make another of.
+
+    Raises:
+        ValueError: its update differs from step to step.
+    """
+    if not feedback.is_update_fixed:
         raise ValueError(
-            f"cuda_graph: expected a rule whose update is the same in every step, got {local.feedback}; use fp32 "
-            f"storage and update_every=1, or leave cuda_graph out"
+            f"cuda_graph: expected a rule whose update is the same in every step, got {feedback.name!r} with storage "
+            f"bf16 or update_every; leave these options, or cuda_graph, out"
         )
 
 
@@ -143,7 +152,7 @@ _ASKED = {"find_packed_sequence_indices": None, "is_tracing": False}
 
 
 @contextmanager
-def _without_masks() -> Iterator[None]:
+def without_masks() -> Iterator[None]:
     """Let transformers leave causal masks to the attention, as it does in every step that is not recorded.
 
     It looks for several sequences in one row at the numbers, which the host cannot do while a graph is recorded. There

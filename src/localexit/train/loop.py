@@ -24,6 +24,7 @@ from localexit.local.schedule import checked_weights
 from localexit.local.sharding import shard_of
 from localexit.local.units import exit_blocks
 from localexit.train.batches import BatchSampler
+from localexit.train.captured import check_machine, check_rule
 from localexit.train.checkpoint import load_newest, save_checkpoint
 from localexit.train.config import TrainConfig, exit_indices
 from localexit.train.data import RunData, load_data
@@ -116,6 +117,8 @@ def train(
         console = (console or Console()) if ranks.is_main else Console(quiet=True)
         # After a restart a slow process may find the folder that the main one has just made.
         resume = bool(ranks.largest(int(resume and ranks.is_main)))
+        if config.cuda_graph:
+            check_machine(ranks.device, num_processes=ranks.size)
         console.print(f"reading {config.data} …", markup=False, highlight=False)
         with ranks.main_first():
             data = load_data(config, cache_dir=cache_dir)
@@ -158,7 +161,9 @@ def _check_fits_preset(config: TrainConfig) -> None:
         if config.exit_weights is not None:
             checked_weights(config.exit_weights, num_exits)
         exit_schedule(config).check(num_exits)
-        config.feedback.build(hidden_size=preset.hidden_size, vocab_size=1, seed=config.seed)
+        rule = config.feedback.build(hidden_size=preset.hidden_size, vocab_size=1, seed=config.seed)
+        if config.cuda_graph:
+            check_rule(rule)
 
 
 def _write_folder(folder: RunFolder, trainer: Trainer, data: RunData) -> None:

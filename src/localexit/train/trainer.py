@@ -15,7 +15,7 @@ from localexit.feedback.draws import derive_seed
 from localexit.local import LocalModel, StepInBackward
 from localexit.local.sharding import is_sharded
 from localexit.train.batches import BatchSampler
-from localexit.train.captured import CapturedStep, Measure, check_can_capture
+from localexit.train.captured import CapturedStep, Measure, check_machine, check_rule
 from localexit.train.checkpoint import CheckpointError, Snapshot
 from localexit.train.config import TrainConfig
 from localexit.train.devices import autocast
@@ -85,7 +85,8 @@ class Trainer:
         self._measure: Measure = self._gradients_and_norms
         self._apply: Callable[[], None] = self._step_and_update
         if config.cuda_graph:
-            check_can_capture(local, self.device)
+            check_machine(self.device, num_processes=self._num_ranks)
+            check_rule(local.feedback)
             captured = CapturedStep(self._measure, self._apply, self.optimizer, self.device)
             self._measure, self._apply = captured.measure, captured.apply
         self.step, self.tokens, self.seconds, self.num_skipped = 0, 0, 0.0, 0

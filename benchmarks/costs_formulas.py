@@ -1,19 +1,10 @@
-"""FLOPs of a training step by formula: local training against backprop, and where it breaks even.
-
-    python benchmarks/costs.py
-
-Writes the tables of docs/costs.md, between its marks. A test makes them again and compares.
-"""
+"""FLOPs of a training step by formula: local training against backprop, and where it breaks even."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
-PAGE = Path(__file__).parents[1] / "docs" / "costs.md"
-BEGIN, END = "<!-- costs -->\n", "<!-- end of costs -->\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +93,5 @@ def tables() -> str:
     )
     return (
         f"FLOPs of a step, in units of backprop with one loss at the top:\n\n{head}{costs}\n"
-        f"The most exits that fit into a budget:\n\n{head}{exits}"
+        f"The most exits that fit into a budget:\n\n{head}{exits.rstrip()}"
     )
-
-
-def main() -> None:
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(before + BEGIN + tables() + END + rest.split(END)[1], encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
