@@ -106,7 +106,7 @@ def steps(content: Content) -> str:
         )
         for name, ways in content["settings"].items()
     ]
-    head = ("ms a step · tokens/s", "plain", "`--compile`", "`--cuda-graph`", "both", "")
+    head = ("ms a step · tokens/s", "plain", "`--compile`", "`--cuda-graph`", "both", "both over plain")
     return f"{table(head, rows)}\n\n{machine(content)}"
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 
-from docs.pages import ROOT, page, table
+from docs.pages import ROOT, page
 
 TEXT = page("costs.md")
 
@@ -48,12 +47,3 @@ def test_break_even_is_the_last_number_of_exits_within_the_limit(costs: ModuleTy
             num = costs.exits_within(shape, limit)
             assert costs.local(shape, num) <= limit * costs.backprop(shape) * (1 + 1e-9)
             assert costs.local(shape, num + 1) > limit * costs.backprop(shape)
-
-
-def test_the_measured_memory_is_that_of_the_file() -> None:
-    rows = table(TEXT, "MiB at")
-    measured = json.loads((ROOT / "benchmarks" / "results" / "depth_cpu.json").read_text())["memory"]
-    for row, cell in zip(rows, measured.values(), strict=True):
-        peaks = [f"{peak / 2**20:.1f}" for peak in cell["peak_bytes"].values()]
-        assert [row["4"], row["8"], row["16"], row["32"], row["64 blocks"]] == peaks
-        assert row["a block more"] == f"{abs(cell['bytes_a_block']) / 2**20:.2f}"

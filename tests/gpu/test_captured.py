@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from localexit.train.captured import NUM_STEPS_BEFORE
+from localexit.train.captured import NUM_EAGER_STEPS
 from localexit.train.config import FeedbackSpec
 from localexit.train.data import load_data
 from localexit.train.errors import NonFiniteError, RunFailedError
@@ -48,7 +49,12 @@ def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def assert_same_steps(trainer: Trainer, other: Trainer, *, rel: float) -> None:
-    for one, two in zip(steps_of(trainer), steps_of(other), strict=True):
+    """The first one replays, the other does not."""
+    results = steps_of(trainer)
+    assert trainer.captured is not None
+    assert trainer.captured.is_recorded
+    assert other.captured is None
+    for one, two in zip(results, steps_of(other), strict=True):
         assert one.losses == pytest.approx(two.losses, rel=rel)
         assert one.grad_norms == pytest.approx(two.grad_norms, rel=50 * rel)
         assert (one.step, one.tokens, one.lr) == (two.step, two.tokens, two.lr)
@@ -76,6 +82,7 @@ def test_replayed_steps_are_those_of_the_host(folder: Path, rule: str, precision
         {"token_share": 0.5},
         {"exit_weights": (0.5, 1.0)},
         {"exit_body": "mlp"},
+        {"train_blocks": False},
         {"compile": True},
         {"exits": "-1", "feedback": FeedbackSpec.parse("transport")},
     ],
@@ -98,6 +105,15 @@ def test_a_restored_trainer_goes_on_bit_by_bit(folder: Path) -> None:
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in parameters(continued).items())
 
 
+def test_a_trainer_that_has_recorded_can_be_restored(folder: Path) -> None:
+    trainer = trainer_of(folder, cuda_graph=True)
+    steps_of(trainer, 6)
+    snapshot = copy.deepcopy(trainer.snapshot())
+    expected = [result.losses for result in steps_of(trainer, 8)]
+    trainer.restore(snapshot)
+    assert [result.losses for result in steps_of(trainer, 8)] == expected
+
+
 def test_a_checkpoint_has_plain_numbers(folder: Path) -> None:
     captured, plain = trainer_of(folder, cuda_graph=True), trainer_of(folder)
     steps_of(captured, 6)
@@ -106,7 +122,7 @@ def test_a_checkpoint_has_plain_numbers(folder: Path) -> None:
     assert groups == wanted
 
 
-@pytest.mark.parametrize("num_before", [1, NUM_STEPS_BEFORE + 3])
+@pytest.mark.parametrize("num_before", [1, NUM_EAGER_STEPS + 3])
 def test_what_is_not_finite_never_reaches_the_optimiser(folder: Path, num_before: int) -> None:
     trainer = trainer_of(folder, cuda_graph=True)
     steps_of(trainer, num_before)
@@ -125,7 +141,7 @@ def test_what_is_not_finite_never_reaches_the_optimiser(folder: Path, num_before
 
 def test_memory_stays_after_the_first_replay(folder: Path) -> None:
     trainer = trainer_of(folder, cuda_graph=True, steps=100)
-    steps_of(trainer, NUM_STEPS_BEFORE + 2)
+    steps_of(trainer, NUM_EAGER_STEPS + 2)
     used, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     steps_of(trainer, 50)
     assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == (used, held)
@@ -134,7 +150,7 @@ def test_memory_stays_after_the_first_replay(folder: Path) -> None:
 def refusal_of_a_step_that_looks_at_numbers(folder: Path) -> str:
     trainer = trainer_of(folder, cuda_graph=True)
     trainer.local.blocks[0].register_forward_hook(lambda _block, _inputs, output: output * output[0, 0, 0].item())
-    steps_of(trainer, NUM_STEPS_BEFORE)
+    steps_of(trainer, NUM_EAGER_STEPS)
     with pytest.raises(RunFailedError) as raised:
         trainer.train_step()
     return str(raised.value)
@@ -144,4 +160,4 @@ def test_a_step_that_looks_at_numbers_is_refused(folder: Path) -> None:
     # After it PyTorch's random numbers on that GPU are of no more use to a process.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as another:
         refusal = another.submit(refusal_of_a_step_that_looks_at_numbers, folder).result()
-    assert re.match(r"cuda_graph: expected a step without copies.*leave cuda_graph out", refusal)
+    assert re.match(r"cuda_graph: expected a step without copies.*--resume --no-cuda-graph", refusal)

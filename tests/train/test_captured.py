@@ -8,7 +8,14 @@ from transformers import masking_utils
 
 from localexit import make_feedback
 from localexit._rules import feedback_names
-from localexit.train.captured import check_machine, check_rule, without_masks
+from localexit.train.captured import (
+    check_machine,
+    check_rule,
+    first_cause,
+    masks_left_to_attention,
+    one_sequence_a_row,
+)
+from localexit.train.errors import RunFailedError
 from train.test_trainer import make_trainer
 
 
@@ -26,7 +33,7 @@ def test_only_updates_that_the_host_counts_are_refused(name: str) -> None:
     [("cpu", 1, "expected a CUDA device, got 'cpu'"), ("cuda", 2, "expected one process, got 2")],
 )
 def test_machines_are_refused(device: str, num_processes: int, message: str) -> None:
-    with pytest.raises(ValueError, match=f"cuda_graph: {message}.*leave cuda_graph out"):
+    with pytest.raises(ValueError, match=f"cuda_graph: {message}.*pass --no-cuda-graph"):
         check_machine(torch.device(device), num_processes=num_processes)
 
 
@@ -47,7 +54,7 @@ def test_attention_gets_no_mask_where_nothing_looks_at_numbers(
     trainer.local.blocks[0].register_forward_pre_hook(
         lambda _block, _inputs, named: masks.append(named["attention_mask"]), with_kwargs=True
     )
-    with without_masks():
+    with masks_left_to_attention():
         trainer.train_step()
     assert masks == [None]
     assert masking_utils.find_packed_sequence_indices is before
@@ -55,8 +62,35 @@ def test_attention_gets_no_mask_where_nothing_looks_at_numbers(
     assert (masks[1] is None) is not is_recording
 
 
+def test_several_sequences_in_a_row_are_refused() -> None:
+    trainer = make_trainer()
+    ids = trainer.sampler.next_batch()
+    positions = torch.arange(ids.shape[1]).expand_as(ids).clone()
+    with one_sequence_a_row():
+        trainer.local(ids, ids, position_ids=positions)
+        positions[:, 5:] -= 5
+        with pytest.raises(RunFailedError, match="cuda_graph: expected one sequence in each row"):
+            trainer.local(ids, ids, position_ids=positions)
+    trainer.local(ids, ids, position_ids=positions)
+
+
 def test_names_that_another_version_of_transformers_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(masking_utils, "find_packed_sequence_indices")
-    with without_masks():
+    with masks_left_to_attention():
         assert not hasattr(masking_utils, "find_packed_sequence_indices")
     assert not hasattr(masking_utils, "find_packed_sequence_indices")
+
+
+def test_the_first_cause_is_told() -> None:
+    """A recording that breaks raises once more when it ends."""
+    with pytest.raises(RuntimeError) as raised:
+        try:
+            try:
+                {}["missing"]
+            except KeyError:
+                raise torch.OutOfMemoryError("no memory") from None
+        finally:
+            raise RuntimeError("failed due to a previous error")
+    assert isinstance(first_cause(raised.value), torch.OutOfMemoryError)
+    alone = RuntimeError("alone")
+    assert first_cause(alone) is alone

@@ -17,10 +17,12 @@ from localexit.train.config import FREE_ON_RESUME, TrainConfig
 FORMAT = 1
 FILE_NAME = "cells.jsonl"
 UNFINISHED_NAME = "unfinished"
-# Settings that say what all methods of a model and budget are trained and validated on, and whether times compare.
-_SHARED = ("vocab_size", "batch_size", "accumulate", "context", "eval_tokens", "compile", "cuda_graph")
-# They change no result and may differ; these two change times.
-_FREE = FREE_ON_RESUME - {"compile", "cuda_graph"} | {"seed"}
+# Settings that change times and no result.
+_TIMED = frozenset({"compile", "cuda_graph"})
+# What all methods of a model and budget are trained and validated on, and whether times compare.
+_SHARED = frozenset({"vocab_size", "batch_size", "accumulate", "context", "eval_tokens"}) | _TIMED
+# They change no result and may differ, but for those that change times.
+_FREE = FREE_ON_RESUME - _TIMED | {"seed"}
 
 
 class Key(NamedTuple):

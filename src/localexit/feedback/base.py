@@ -264,7 +264,10 @@ class Feedback(nn.Module):
 
     @property
     def is_update_fixed(self) -> bool:
-        """Whether `update()` does the same on the device in every step, so that a CUDA graph of it can be replayed."""
+        """Whether a CUDA graph of a forward and of `update()` may be replayed in later steps.
+
+        It may if both do the same work in every step, write the rule's tensors in place, and count nothing on the host.
+        """
         return True
 
     @torch.no_grad()

@@ -217,14 +217,15 @@ class WeightMirror(Rows):
 
     def _correct_by_parts(self, apart: Apart, logits: Sequence[Tensor], back: Tensor) -> None:
         dtype = back.dtype
-        generator = rounding_generator(self.seed, self._num_steps, self.rows.device)
+        is_rounded = self.rows.dtype != dtype
+        generator = rounding_generator(self.seed, self._num_steps, self.rows.device) if is_rounded else None
         # Row by row the update is independent: each part of B is read and written once, and nothing else is as large.
         size = _UPDATE_BYTES // (back.shape[1] * dtype.itemsize)
         for rows, measured in _parts(self.rows, logits, size):
             exact = rows.to(dtype)
             residual = apart.logits(joined(measured)).addmm_(apart.hidden, exact.T, alpha=-1)
             exact.addmm_(residual.T, back)
-            if exact is not rows:
+            if generator is not None:
                 rows.copy_(round_stochastically(exact, rows.dtype, generator))
 
 

@@ -536,8 +536,9 @@ class LocalModel(nn.Module):
             ValueError: `max_norm` is not a positive number.
         """
         groups = [*(unit.parameters() for unit in self.units), self.shared_parameters()]
-        norms = [clip_grad_norm_(group, max_norm) for group in groups]
-        return torch.stack([norm.to(self.unembedding.weight.device) for norm in norms])
+        device = self.unembedding.weight.device
+        norms = [clip_grad_norm_(group, max_norm, device=device) for group in groups]
+        return torch.stack([norm.to(device) for norm in norms])
 
     def remove(self) -> None:
         """Take everything off the model again: hooks, and the training forward. What it learned stays."""

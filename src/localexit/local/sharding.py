@@ -66,14 +66,23 @@ def reshard(modules: Iterable[Any]) -> None:
         module.reshard()
 
 
-def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_grad_norm_(
+    parameters: Iterable[nn.Parameter], max_norm: float, *, device: torch.device | None = None
+) -> Tensor:
     """`nn.utils.clip_grad_norm_` for parameters of which some may be sharded: one norm over all of them, 0-dim.
+
+    Args:
+        parameters: those without a gradient are left out.
+        max_norm: largest norm allowed.
+        device: of the norm where there is no gradient at all; it is zero then.
 
     Raises:
         ValueError: `max_norm` is not positive; torch's own would turn the gradients round. Infinity does not clip.
     """
     _checks.positive("max_norm", max_norm, or_infinite=True)
     with_grad = [p for p in parameters if p.grad is not None]
+    if not with_grad:
+        return torch.zeros((), device=device)
     sharded: list[Any] = [p.grad for p in with_grad if is_sharded(p.grad)]
     if not sharded:
         return nn.utils.clip_grad_norm_(with_grad, max_norm)

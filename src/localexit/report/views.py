@@ -24,7 +24,12 @@ _MAX_FLATTENED = 40
 _NUM_RECENT_SAMPLES = 4
 _MAX_OLDER_SAMPLES = 40
 _MAX_EVENTS = 200
-_STATES = {"finished": "finished", "interrupted": "interrupted", "non_finite": "stopped: loss not finite"}
+_STATES = {
+    "finished": "finished",
+    "interrupted": "interrupted",
+    "non_finite": "stopped: loss not finite",
+    "failed": "stopped by an error",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,9 @@ launches all of them at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from localexit.feedback.base import Feedback
 from localexit.train.errors import RunFailedError
 
 # What compiles, chooses its kernels or makes its state does so in the first steps.
-NUM_STEPS_BEFORE = 3
+NUM_EAGER_STEPS = 3
 
 Measure = Callable[[Sequence[Tensor]], Tensor]
 
@@ -42,23 +43,38 @@ class CapturedStep:
         self._measure, self._apply, self._optimizer = measure, apply, optimizer
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._stream = torch.cuda.Stream(device)
-        self._num_steps = 0
+        self._num_eager_steps = 0
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
         self._batches: list[Tensor] = []
         self._measured: Tensor | None = None
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether steps are replayed by now."""
+        return self._graphs is not None
+
+    def forget(self) -> None:
+        """Begin anew: what was recorded reads and writes tensors that were replaced, those of the optimiser for one."""
+        self._num_eager_steps, self._graphs, self._measured = 0, None, None
 
     def measure(self, batches: Sequence[Tensor]) -> Tensor:
         """Gradients of these batches, and what is measured with them; overwritten by the next call.
 
         Raises:
             RunFailedError: the step cannot be recorded.
+            ValueError: batches of another shape than those that were recorded.
         """
-        if self._graphs is None and self._num_steps < NUM_STEPS_BEFORE:
-            with self._beside():
+        if self._graphs is None and self._num_eager_steps < NUM_EAGER_STEPS:
+            with self._on_stream(), one_sequence_a_row():
                 return self._measure(batches)
         if self._graphs is None:
             self._graphs = self._recorded(batches)
         for fixed, batch in zip(self._batches, batches, strict=True):
+            if fixed.shape != batch.shape:
+                raise ValueError(
+                    f"cuda_graph: expected batches of the shape that was recorded, {list(fixed.shape)}, got "
+                    f"{list(batch.shape)}; give all the same shape"
+                )
             fixed.copy_(batch)
         self._graphs[0].replay()
         assert self._measured is not None, "it was recorded"
@@ -71,15 +87,15 @@ class CapturedStep:
         if self._graphs is not None:
             self._graphs[1].replay()
             return
-        with self._beside(), self._rates_on_device():
+        with self._on_stream(), self._rates_on_device():
             self._apply()
-        self._num_steps += 1
+        self._num_eager_steps += 1
 
     def _recorded(self, batches: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
         self._batches = [batch.clone() for batch in batches]
         measuring, applying = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         try:
-            with without_masks(), torch.cuda.graph(measuring, stream=self._stream):
+            with masks_left_to_attention(), torch.cuda.graph(measuring, stream=self._stream):
                 self._measured = self._measure(self._batches)
             # Gradients and pairs live from one graph to the other: in one pool nothing else takes their place.
             with (
@@ -88,19 +104,22 @@ class CapturedStep:
             ):
                 self._apply()
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
+            cause = first_cause(error)
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            reason = str(cause).strip().partition("\n")[0]
             raise RunFailedError(
                 f"cuda_graph: expected a step without copies to the host, whose kernels are the same in every step, "
-                f"got a model or rule that cannot be recorded ({reason}); leave cuda_graph out"
+                f"got a model or rule that cannot be recorded ({reason}); go on without it: --resume --no-cuda-graph"
             ) from error
         return measuring, applying
 
     @contextmanager
-    def _beside(self) -> Iterator[None]:
+    def _on_stream(self) -> Iterator[None]:
         """On the recording stream, in order with what is before and after."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), without_masks():
+        with torch.cuda.stream(self._stream):
             yield
         current.wait_stream(self._stream)
 
@@ -125,11 +144,11 @@ def check_machine(device: torch.device, *, num_processes: int) -> None:
         ValueError: not on a GPU, or several processes share a batch.
     """
     if device.type != "cuda":
-        raise ValueError(f"cuda_graph: expected a CUDA device, got {str(device)!r}; leave cuda_graph out")
+        raise ValueError(f"cuda_graph: expected a CUDA device, got {str(device)!r}; pass --no-cuda-graph")
     if num_processes > 1:
         raise ValueError(
-            f"cuda_graph: expected one process, got {num_processes} that share a batch; start one, or leave cuda_graph "
-            f"out"
+            f"cuda_graph: expected one process, got {num_processes} that share a batch; start one, or pass "
+            f"--no-cuda-graph"
         )
 
 
@@ -142,27 +161,65 @@ def check_rule(feedback: Feedback) -> None:
     if not feedback.is_update_fixed:
         raise ValueError(
             f"cuda_graph: expected a rule whose update is the same in every step, got {feedback.name!r} with storage "
-            f"bf16 or update_every; leave these options, or cuda_graph, out"
+            f"bf16 or update_every; leave these options out, or pass --no-cuda-graph"
         )
 
 
-# What transformers' masks ask of their surroundings, by name: a run's batches have one sequence in a row, and nothing
-# is traced while a graph is recorded.
-_ASKED = {"find_packed_sequence_indices": None, "is_tracing": False}
+def first_cause(error: BaseException) -> BaseException:
+    """The first of the RuntimeErrors that led to this one: a recording that is broken raises another when it ends."""
+    cause = error
+    while error.__context__ is not None:
+        error = error.__context__
+        if isinstance(error, RuntimeError):
+            cause = error
+    return cause
 
 
 @contextmanager
-def without_masks() -> Iterator[None]:
-    """Let transformers leave causal masks to the attention, as it does in every step that is not recorded.
+def one_sequence_a_row() -> Iterator[None]:
+    """Refuse a model whose positions tell transformers of several sequences in a row: a recorded step cannot look.
 
-    It looks for several sequences in one row at the numbers, which the host cannot do while a graph is recorded. There
-    it would make a [B, T, T] mask, and attention with a mask takes other kernels, and longer.
+    Raises:
+        RunFailedError: inside, it does.
     """
-    asked = {name: getattr(masking_utils, name) for name in _ASKED if hasattr(masking_utils, name)}
-    for name in asked:
-        setattr(masking_utils, name, lambda *_args, answer=_ASKED[name]: answer)
+
+    def checked(find: Callable[..., Any]) -> Callable[..., None]:
+        def find_none(*args: Any) -> None:
+            if find(*args) is not None:
+                raise RunFailedError(
+                    "cuda_graph: expected one sequence in each row of a batch, got position ids that begin anew in the "
+                    "middle; pass --no-cuda-graph"
+                )
+
+        return find_none
+
+    with _replaced({"find_packed_sequence_indices": checked}):
+        yield
+
+
+@contextmanager
+def masks_left_to_attention() -> Iterator[None]:
+    """Let transformers leave causal masks to the attention where it may not look at numbers, as where it may.
+
+    While a graph is recorded it may not. It would make a [B, T, T] mask, in case there are several sequences in a row,
+    and attention with a mask takes other kernels, and longer. `one_sequence_a_row` has looked before.
+    """
+    with _replaced({"find_packed_sequence_indices": lambda _: _nothing, "is_tracing": lambda _: _nothing}):
+        yield
+
+
+def _nothing(*_args: Any) -> None:
+    return None
+
+
+@contextmanager
+def _replaced(changes: Mapping[str, Callable[[Callable[..., Any]], Callable[..., Any]]]) -> Iterator[None]:
+    """Functions of transformers' masks made into others; versions have not all of them."""
+    before = {name: getattr(masking_utils, name) for name in changes if hasattr(masking_utils, name)}
+    for name, function in before.items():
+        setattr(masking_utils, name, changes[name](function))
     try:
         yield
     finally:
-        for name, function in asked.items():
+        for name, function in before.items():
             setattr(masking_utils, name, function)

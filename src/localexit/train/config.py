@@ -150,8 +150,8 @@ class TrainConfig:
         device: auto, cpu, cuda, cuda:1, …
         threads: CPU threads; torch's choice by default.
         compile: train with compiled blocks, which the first step waits for; everything but training stays as it is.
-        cuda_graph: record the work of a step on a GPU once and replay it, which spares the host the launches of small
-            models' kernels.
+        cuda_graph: record the work of a step on one GPU and replay it, which spares the host the launches of small
+            models' kernels; takes up to twice the memory, and refuses what differs from step to step.
         shard: spread the blocks' parameters, gradients and optimiser state over the processes of the run.
         log_every: steps between training records.
         eval_every: steps between validations; the last step always has one.

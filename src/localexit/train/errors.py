@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class RunFailedError(RuntimeError):
-    """A run that had to stop; its last checkpoint is whole."""
+    """A run that had to stop; its last checkpoint, if there is one yet, is whole."""
 
 
 class NonFiniteError(RunFailedError):

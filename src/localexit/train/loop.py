@@ -104,7 +104,8 @@ def train(
     Raises:
         ValueError: configuration, text, model or folder do not fit together.
         NonFiniteError: a loss or gradient was NaN or infinite; the last checkpoint is whole.
-        RunFailedError: the folder could not be written any more, or what was written reads back as something else.
+        RunFailedError: the folder could not be written any more, what was written reads back as something else, or a
+            step cannot be recorded in a CUDA graph.
     """
     folder = RunFolder(path=run_dir)
     if world_rank() == 0:
@@ -289,8 +290,8 @@ def _train(run: _Run) -> Outcome:
                 stopped_by = _stopped_by(run)
             if run.saved_step != trainer.step:
                 _checkpoint(run)
-    except NonFiniteError as error:
-        run.log.event(trainer.step, "non_finite", str(error))
+    except RunFailedError as error:
+        run.log.event(trainer.step, "non_finite" if isinstance(error, NonFiniteError) else "failed", str(error))
         raise
     status: Literal["finished", "interrupted"] = "finished" if trainer.step == config.steps else "interrupted"
     whole = gathered_state(trainer.local) if config.shard else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from localexit.feedback.draws import derive_seed
 from localexit.local import LocalModel, StepInBackward
 from localexit.local.sharding import is_sharded
 from localexit.train.batches import BatchSampler
-from localexit.train.captured import CapturedStep, Measure, check_machine, check_rule
+from localexit.train.captured import CapturedStep, check_machine, check_rule
 from localexit.train.checkpoint import CheckpointError, Snapshot
 from localexit.train.config import TrainConfig
 from localexit.train.devices import autocast
@@ -62,6 +62,7 @@ class Trainer:
         precision: bf16 runs forwards under autocast.
 
     Attributes:
+        captured: replays steps, where `cuda_graph` asks for it.
         step: optimiser steps made.
         tokens: tokens seen.
         seconds: time spent in steps.
@@ -82,13 +83,7 @@ class Trainer:
         self.in_backward = (
             StepInBackward(local, self.optimizer, max_norm=config.clip) if config.optimizer == "in_backward" else None
         )
-        self._measure: Measure = self._gradients_and_norms
-        self._apply: Callable[[], None] = self._step_and_update
-        if config.cuda_graph:
-            check_machine(self.device, num_processes=self._num_ranks)
-            check_rule(local.feedback)
-            captured = CapturedStep(self._measure, self._apply, self.optimizer, self.device)
-            self._measure, self._apply = captured.measure, captured.apply
+        self.captured = self._make_captured() if config.cuda_graph else None
         self.step, self.tokens, self.seconds, self.num_skipped = 0, 0, 0.0, 0
 
     def train_step(self) -> StepResult:
@@ -169,6 +164,21 @@ class Trainer:
                 return batches, losses, norms, skipped
             skipped.append(self._skip(torch.tensor(measured), batches))
 
+    def _measure(self, batches: Sequence[Tensor]) -> Tensor:
+        return self._gradients_and_norms(batches) if self.captured is None else self.captured.measure(batches)
+
+    def _apply(self) -> None:
+        if self.captured is None:
+            self._step_and_update()
+        else:
+            self.captured.apply()
+
+    def _make_captured(self) -> CapturedStep:
+        # `train` asks before it reads the text; whoever makes a Trainer by hand is told here.
+        check_machine(self.device, num_processes=self._num_ranks)
+        check_rule(self.local.feedback)
+        return CapturedStep(self._gradients_and_norms, self._step_and_update, self.optimizer, self.device)
+
     def _gradients_and_norms(self, batches: Sequence[Tensor]) -> Tensor:
         """Gradients in `.grad`, clipped; losses of the exits and the norms before, fp64 [2 L + 1]."""
         losses = self._gradients(batches)
@@ -247,6 +257,8 @@ class Trainer:
         # Runs of the first version stopped instead.
         self.num_skipped = state.get("skipped", 0)
         self._restore_rng(tensors["rng"])
+        if self.captured is not None:
+            self.captured.forget()
 
     def _rng_states(self) -> dict[str, Tensor]:
         """The generators of every rank; what is a rank's own has its number behind the name, but for the first's."""
