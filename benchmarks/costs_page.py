@@ -10,11 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import NullLocator
+
 import costs_formulas
+from localexit.report.theme import FAINT, canvas, figure_style, run_style, to_svg
 from performance_page import rewritten, table
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "costs.md"
+FIGURE = ROOT / "docs" / "images" / "steps-gpu.svg"
 RESULTS = ROOT / "benchmarks" / "results"
 Content = dict[str, Any]
 
@@ -110,6 +114,29 @@ def steps(content: Content) -> str:
     return f"{table(head, rows)}\n\n{machine(content)}"
 
 
+@figure_style()
+def figure(content: Content) -> bytes:
+    """Time of a step, a line a setting, each way a point on it."""
+    settings = content["settings"]
+    drawn, axes = canvas(8.4, 0.9 + 0.28 * len(settings), left=2.6)
+    colors = [run_style(index)[0] for index in range(len(WAYS))]
+    places = range(len(settings), 0, -1)
+    times = {way: [ways[way]["median_ms"] for ways in settings.values()] for way in WAYS}
+    ends = [(min(of_setting), max(of_setting)) for of_setting in zip(*times.values(), strict=True)]
+    axes.hlines(places, *zip(*ends, strict=True), color=FAINT.light, linewidth=1)
+    for (way, of_way), color in zip(times.items(), colors, strict=True):
+        axes.plot(of_way, places, color=color.light, marker="o", markersize=5, linestyle="none", label=way)
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
+    axes.set_yticks(list(places), list(settings))
+    axes.set_xlabel("ms a step")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(WAYS), frameon=False)
+    shown = ", ".join(f"{name} {ways['plain']['median_ms']:.1f}" for name, ways in settings.items())
+    title = f"Points for the ms of a step: plain, compiled, from a graph, and both, which takes least; plain: {shown}"
+    return to_svg(drawn, [*colors, FAINT]).replace(b"<defs>", f"<title>{title}.</title><defs>".encode(), 1)
+
+
 def machine(content: Content, section: str = "") -> str:
     """What a section was measured on."""
     commit = content.get("commits", {}).get(section, content["commit"])
@@ -133,6 +160,7 @@ def written(text: str) -> str:
 
 
 def main() -> None:
+    FIGURE.write_bytes(figure(results("steps_gpu")))
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -31,6 +31,10 @@ def test_the_page_is_what_formulas_and_results_say(writer: ModuleType) -> None:
     assert writer.written(TEXT) == TEXT, "run `make tables`"
 
 
+def test_the_figure_is_what_the_results_say(writer: ModuleType) -> None:
+    assert writer.figure(writer.results("steps_gpu")) == writer.FIGURE.read_bytes(), "run `make tables`"
+
+
 def test_every_table_has_its_place(writer: ModuleType) -> None:
     assert set(re.findall(r"<!-- ([a-z-]+) -->", TEXT)) - {"end"} == set(writer.BLOCKS)
 
