@@ -158,6 +158,11 @@ def test_the_reference_leaves_early_and_late() -> None:
     assert len(exits) > 1
 
 
+def tolerance(name: str) -> dict[str, float]:
+    """Of models in fp64; norms of gemma2 compute in fp32, and a token alone rounds as its machine does."""
+    return {"rtol": 1e-5, "atol": 1e-6} if name == "gemma2" else {"rtol": 1e-10, "atol": 1e-10}
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_keys_and_values_of_skipped_blocks_are_exact_once_needed(name: str) -> None:
     local = local_model(name)
@@ -172,8 +177,8 @@ def test_keys_and_values_of_skipped_blocks_are_exact_once_needed(name: str) -> N
     assert decoder._cache is not None
     for found, layer in zip(decoder._cache.layers, expected.layers, strict=True):
         length = layer.keys.shape[-2]  # a sliding window keeps the last ones only
-        torch.testing.assert_close(found.keys[..., -length:, :], layer.keys, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(found.values[..., -length:, :], layer.values, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found.keys[..., -length:, :], layer.keys, **tolerance(name))
+        torch.testing.assert_close(found.values[..., -length:, :], layer.values, **tolerance(name))
 
 
 @pytest.mark.parametrize("exit_body", ["norm", "block"])
@@ -245,7 +250,7 @@ def test_an_exit_with_a_block_of_its_own_reads_what_a_model_without_a_cache_woul
         decoder.append(token)
         found = decoder.logits(exit_index)
         expected = local.exit_logits(exit_index, torch.tensor([decoder.ids]), logits_to_keep=1)[0]
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found, expected, **tolerance(name))
 
 
 def test_a_block_of_an_exit_runs_only_where_it_is_asked() -> None:

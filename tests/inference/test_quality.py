@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -96,7 +98,10 @@ def test_chunks_of_logits_change_nothing(name: str, monkeypatch: pytest.MonkeyPa
     whole = measure_quality(local, batches())
     monkeypatch.setattr(predict, "_CHUNK_BYTES", 4 * VOCAB * 5)
     parts: Quality = measure_quality(local, batches())
-    assert parts.early == whole.early
+    for ours, theirs in zip(parts.early, whole.early, strict=True):
+        # Products of fewer rows may round otherwise.
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-12)
+        assert replace(ours, loss=0.0) == replace(theirs, loss=0.0)
     for got, expected in zip(parts.exits, whole.exits, strict=True):
         assert got.loss == pytest.approx(expected.loss, rel=1e-12)
         assert got.calibration_error == pytest.approx(expected.calibration_error, rel=1e-9)
