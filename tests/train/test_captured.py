@@ -8,14 +8,9 @@ from transformers import masking_utils
 
 from localexit import make_feedback
 from localexit._rules import feedback_names
-from localexit.train.captured import (
-    check_machine,
-    check_rule,
-    first_cause,
-    masks_left_to_attention,
-    one_sequence_a_row,
-)
+from localexit.train.captured import check_machine, check_rule, first_cause
 from localexit.train.errors import RunFailedError
+from localexit.train.masks import masks_left_to_attention, one_sequence_a_row
 from train.test_trainer import make_trainer
 
 
