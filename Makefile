@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $@
 
-demo: $(STAMP)  ## train on the default corpus (at most 5 minutes on 2 cores), then a table, a sample and a report
+demo: $(STAMP)  ## train on the default corpus (4 to 6 minutes on 2 cores), then a table, a sample and a report
 	$(BIN)/localexit train
 
 test: lint  ## lint, types and the fast tests
