@@ -13,8 +13,9 @@ from typing import Any
 from matplotlib.ticker import NullLocator
 
 import costs_formulas
+from localexit.report.drawing import titled
 from localexit.report.theme import FAINT, canvas, figure_style, run_style, to_svg
-from performance_page import rewritten, table
+from pages import markdown_table, measured_on, rewritten
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "costs.md"
@@ -31,7 +32,7 @@ def results(name: str) -> Content:
     return content
 
 
-def memory(content: Content, digits: int) -> str:
+def memory(content: Content, digits: int, slope_digits: int) -> str:
     """Peaks over the number of blocks, MiB."""
     cells = content["memory"]
     depths = list(next(iter(cells.values()))["peak_bytes"])
@@ -40,16 +41,16 @@ def memory(content: Content, digits: int) -> str:
             kind,
             *(f"{cell['peak_bytes'][depth] / 2**20:.{digits}f}" for depth in depths),
             # Not -0.0, which a fit gives.
-            f"{abs(cell['bytes_a_block']) / 2**20:.{digits + 1}f}",
+            f"{abs(cell['bytes_a_block']) / 2**20:.{slope_digits}f}",
         )
         for kind, cell in cells.items()
     ]
-    made = table(("MiB at", *depths[:-1], f"{depths[-1]} blocks", "a block more"), rows)
-    return f"{made}\n\n{machine(content, 'memory')}"
+    head = ("peak of the activations, MiB, at", *depths[:-1], f"{depths[-1]} blocks", "a block more")
+    return f"{markdown_table(head, rows)}\n\n{measured_on(content, 'memory')}"
 
 
 def largest(content: Content) -> str:
-    """Most blocks that train in some memory, the most first; in brackets what was not tried."""
+    """Most blocks that train in some memory, in brackets their parameters; the most first."""
     cells = content["largest"]
     budgets = list(next(iter(cells.values()))["blocks"])
     rows = [
@@ -60,7 +61,8 @@ def largest(content: Content) -> str:
         )
         for kind, cell in sorted(cells.items(), key=lambda item: item[1]["bytes_a_block"])
     ]
-    return f"{table(('', *(f'{b} GiB' for b in budgets), 'MiB a block'), rows)}\n\n{machine(content, 'largest')}"
+    head = ("", *(f"{b} GiB" for b in budgets), "MiB a block")
+    return f"{markdown_table(head, rows)}\n\n{measured_on(content, 'largest')}"
 
 
 def times(content: Content) -> str:
@@ -69,7 +71,7 @@ def times(content: Content) -> str:
     rows = [
         (found[0]["name"], *map(time_of, found)) for found in zip(*(cell["results"] for cell in cells), strict=True)
     ]
-    return f"{table(('ms a step', *map(sizes, cells)), rows)}\n\n{machine(content, 'time')}"
+    return f"{markdown_table(('ms a step', *map(sizes, cells)), rows)}\n\n{measured_on(content, 'time')}"
 
 
 def time_of(row: Content) -> str:
@@ -97,7 +99,7 @@ def other_rules(content: Content) -> str:
     for rule, of_shapes in cells.items():
         found = [next(row for row in cell["results"] if row["name"] == "local, every block") for cell in of_shapes]
         rows.append((f"`{rule}`", *(f"{row['median_ms']:.1f} ({row['faster_than_every_exit']:.2f}×)" for row in found)))
-    return table(("an exit on every block", *map(sizes, next(iter(cells.values())))), rows)
+    return markdown_table(("an exit on every block", *map(sizes, next(iter(cells.values())))), rows)
 
 
 def steps(content: Content) -> str:
@@ -111,7 +113,7 @@ def steps(content: Content) -> str:
         for name, ways in content["settings"].items()
     ]
     head = ("ms a step · tokens/s", "plain", "`--compile`", "`--cuda-graph`", "both", "both over plain")
-    return f"{table(head, rows)}\n\n{machine(content)}"
+    return f"{markdown_table(head, rows)}\n\n{measured_on(content)}"
 
 
 @figure_style()
@@ -134,19 +136,13 @@ def figure(content: Content) -> bytes:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(WAYS), frameon=False)
     shown = ", ".join(f"{name} {ways['plain']['median_ms']:.1f}" for name, ways in settings.items())
     title = f"Points for the ms of a step: plain, compiled, from a graph, and both, which takes least; plain: {shown}"
-    return to_svg(drawn, [*colors, FAINT]).replace(b"<defs>", f"<title>{title}.</title><defs>".encode(), 1)
-
-
-def machine(content: Content, section: str = "") -> str:
-    """What a section was measured on."""
-    commit = content.get("commits", {}).get(section, content["commit"])
-    return f"{content['device']}, torch {content['versions']['torch']}, commit {commit[:7]}."
+    return titled(to_svg(drawn, colors), f"{title}.")
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "costs": costs_formulas.tables,
-    "depth-cpu-memory": lambda: memory(results("depth_cpu"), 1),
-    "depth-gpu-memory": lambda: memory(results("depth_gpu"), 0),
+    "depth-cpu-memory": lambda: memory(results("depth_cpu"), 1, 3),
+    "depth-gpu-memory": lambda: memory(results("depth_gpu"), 0, 1),
     "depth-gpu-largest": lambda: largest(results("depth_gpu")),
     "depth-gpu-times": lambda: times(results("depth_gpu")),
     "depth-gpu-rules": lambda: other_rules(results("depth_gpu")),

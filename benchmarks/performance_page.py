@@ -7,7 +7,6 @@ A table stands between `<!-- NAME -->` and `<!-- end -->`; what is not measured 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -17,6 +16,7 @@ from localexit.bench.record import read_results
 from localexit.bench.roofline import rooflines
 from localexit.bench.shapes import Shape
 from localexit.bench.tables import larger, least, measurements, name_in_sweep, slower
+from pages import markdown_table, measured_on, rewritten
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -33,20 +33,6 @@ def written(text: str, cpu: Content, gpu: Content) -> str:
     return rewritten(text, lambda name: BLOCKS[name](cpu if name.startswith("cpu") else gpu))
 
 
-def rewritten(text: str, block: Callable[[str], str]) -> str:
-    """A page with what stands in its places made anew, each from the place's name."""
-    return re.sub(
-        r"<!-- ([a-z-]+) -->\n.*?\n?<!-- end -->",
-        lambda found: f"<!-- {found[1]} -->\n{block(found[1])}\n<!-- end -->",
-        text,
-        flags=re.DOTALL,
-    )
-
-
-def table(head: Row, rows: Sequence[Row]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
 def machine(content: Content, section: str = "", shapes: Mapping[str, Content] | None = None) -> str:
     """What was measured on; a section or shape of another commit than the rest has its own in `commits`, by name."""
     commits = content.get("commits", {})
@@ -55,8 +41,7 @@ def machine(content: Content, section: str = "", shapes: Mapping[str, Content] |
         for name, measured in (shapes or {}).items()
         if name in commits
     ]
-    commit = commits.get(section, content["commit"])
-    return f"{content['device']}, torch {content['versions']['torch']}, commit {commit[:7]}.{''.join(others)}"
+    return f"{measured_on(content, section)}{''.join(others)}"
 
 
 def cpu_times(content: Content) -> str:
@@ -74,7 +59,7 @@ def cpu_times(content: Content) -> str:
         for r in measured["results"]
     ]
     head = ("", "median s", "min-max s", "vs eager", "products", "peak MiB", "")
-    return "\n".join([table(head, rows), "", machine(content), *not_available(measured)])
+    return "\n".join([markdown_table(head, rows), "", machine(content), *not_available(measured)])
 
 
 def not_available(measured: Content) -> list[str]:
@@ -88,7 +73,7 @@ def gpu_times(content: Content) -> str:
     head = ("", *(str(Shape(**measured["shape"])) for measured in shapes.values()))
     rows = [(f"`{name}`", *(cells[shape].get(name, "") for shape in shapes)) for name in names]
     reasons = {reason: None for measured in shapes.values() for reason in not_available(measured)}
-    return "\n".join([table(head, rows), "", machine(content, shapes=shapes), *reasons])
+    return "\n".join([markdown_table(head, rows), "", machine(content, shapes=shapes), *reasons])
 
 
 def cell(result: Content) -> str:
@@ -111,7 +96,7 @@ def gpu_roofline(content: Content) -> str:
         )
         for r in rooflines(content)
     ]
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def losses(content: Content) -> str:
@@ -125,9 +110,9 @@ def losses(content: Content) -> str:
     ]
     parts = []
     if slow:
-        parts.append(table(("slower at", "", "ms", "times", "of"), slow))
+        parts.append(markdown_table(("slower at", "", "ms", "times", "of"), slow))
     if large:
-        parts.append(table(("larger at", "leanest of ours", "MiB", "times", "of"), large))
+        parts.append(markdown_table(("larger at", "leanest of ours", "MiB", "times", "of"), large))
     return "\n\n".join(parts) or "Nowhere in these runs."
 
 
@@ -135,7 +120,9 @@ Aim = tuple[str, str, str, bool]
 
 
 def aims(rows: Iterator[Aim]) -> str:
-    return table(("aim", "wanted", "measured", "reached"), [(*row[:3], "yes" if row[3] else "**no**") for row in rows])
+    return markdown_table(
+        ("aim", "wanted", "measured", "reached"), [(*row[:3], "yes" if row[3] else "**no**") for row in rows]
+    )
 
 
 def at_least(aim: str, ratio: float, wanted: float) -> Aim:
@@ -247,7 +234,7 @@ def shared(content: Content) -> str:
         for count, measured in content["shared_exits"].items()
         for r in measured["results"]
     ]
-    return "\n".join([table(head, rows), "", machine(content, "shared_exits")])
+    return "\n".join([markdown_table(head, rows), "", machine(content, "shared_exits")])
 
 
 def updates(content: Content) -> str:
@@ -268,7 +255,7 @@ def updates(content: Content) -> str:
         for measured in content["updates"].values()
         for r in measured["results"]
     ]
-    return "\n".join([table(head, rows), "", machine(content, "updates")])
+    return "\n".join([markdown_table(head, rows), "", machine(content, "updates")])
 
 
 def sweeps(content: Content) -> str:
@@ -287,7 +274,7 @@ def _sweep(letter: str, points: Content) -> str:
     ]
     named = f"Line chart of time against {letter} from {values[0]} to {values[-1]}, {len(names)} heads."
     picture = f"![{named}](images/exit_gpu-sweep-{letter}.svg)"
-    return "\n\n".join([table((f"ms at {letter} =", *values), rows), picture])
+    return "\n\n".join([markdown_table((f"ms at {letter} =", *values), rows), picture])
 
 
 def numerics(content: Content) -> str:
@@ -295,7 +282,7 @@ def numerics(content: Content) -> str:
         return "Not measured yet: `localexit bench --numerics --output benchmarks/results/exit_gpu.json`."
     head = ("", "loss", "plain", "dW", "plain", "`transport`: dh", "plain", "within budget")
     rows = [_trial(name, rows) for name, rows in _trials(content).items()]
-    return "\n".join([table(head, rows), "", machine(content, "numerics")])
+    return "\n".join([markdown_table(head, rows), "", machine(content, "numerics")])
 
 
 def _trials(content: Content) -> dict[str, list[Content]]:

@@ -9,7 +9,6 @@ come from benchmarks/results/distributed.json.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
+from localexit.report.drawing import titled
 from localexit.report.theme import Color, canvas, figure_style, plain_axes, run_style, to_svg
+from pages import markdown_table, rewritten
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scaling.md"
@@ -164,7 +165,7 @@ def table(setting: Setting) -> str:
             cells += [f"{step.flops / 1e12:,.0f}", f"{step.sent / 1e9:.1f}"]
             cells += [] if "parallel" in name else [f"{100 * step.idle:.0f} %"]
         rows.append(cells)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (kept, ["---"] * len(kept), *rows))
+    return markdown_table(kept, rows)
 
 
 @figure_style()
@@ -183,7 +184,7 @@ def figure(setting: Setting) -> bytes:
         "Line charts over the number of GPUs: what a GPU sends in a step, three forms and 1F1B; and how many times as "
         "fast as one GPU they are without any sending, with the points that were measured"
     )
-    return to_svg(drawn, colors).replace(b"<defs>", f"<title>{title}.</title><defs>".encode(), 1)
+    return titled(to_svg(drawn, colors), f"{title}.")
 
 
 def _draw_bytes(axes: Axes, setting: Setting, colors: Sequence[Color]) -> None:
@@ -261,8 +262,7 @@ def measured() -> str:
 
 def written(text: str, setting: Setting) -> str:
     """The page with its table made anew."""
-    block = f"<!-- scaling -->\n{table(setting)}\n\n{measured()}\n<!-- end -->"
-    return re.sub(r"<!-- scaling -->\n.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL)
+    return rewritten(text, lambda _: f"{table(setting)}\n\n{measured()}")
 
 
 def main() -> None:

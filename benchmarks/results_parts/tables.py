@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container
 
 from localexit.compare.cells import Cell
 from localexit.compare.methods import BACKPROP, EXACT, Method
@@ -11,6 +11,7 @@ from localexit.compare.results import Group, Row, budgets, groups, ladder
 from localexit.compare.statistics import Estimate
 from localexit.compare.table import seeds
 from localexit.train.presets import PRESETS
+from pages import markdown_table
 from results_parts.found import NOT_RUN, cells_of, group_of, has_structure, plain_group, row_of
 
 _CODES = "dense:rank=512@unembedding_init=codes"
@@ -31,7 +32,7 @@ def results(setting: str, model: str, steps: str) -> str:
     if group is None:
         return NOT_RUN
     head = ("method", "first exit", "last exit", "to exact local", "to backprop", "seeds", "state KiB", "MFLOP an exit")
-    return markdown(head, [_result(row) for row in group.rows])
+    return markdown_table(head, [_result(row) for row in group.rows])
 
 
 def _result(row: Row) -> tuple[str, ...]:
@@ -48,7 +49,7 @@ def structures(setting: str, model: str, steps: str) -> str:
         return NOT_RUN
     head = ("method", "exits", "last exit", "to exact local", "to backprop", "seeds", "MFLOP a token", "M parameters")
     shown = [row for row in rows if has_structure(row) or row.method in (EXACT, BACKPROP, "backprop_all")]
-    return markdown(head, [_structure(row) for row in shown])
+    return markdown_table(head, [_structure(row) for row in shown])
 
 
 def _structure(row: Row) -> tuple[str, ...]:
@@ -67,7 +68,7 @@ def budget_table(setting: str, model: str) -> str:
     head = ("method", *(f"{group.steps} steps" for group in found))
     methods = dict.fromkeys(row.method for group in reversed(found) for row in group.rows)
     lines = [(f"`{method}`", *(_at_budget(group, method) for group in found)) for method in methods]
-    return markdown(head, [line for line in lines if line.count("") < len(found) - 1])
+    return markdown_table(head, [line for line in lines if line.count("") < len(found) - 1])
 
 
 def _at_budget(group: Group, method: str) -> str:
@@ -81,7 +82,7 @@ def diagnosis(setting: str, model: str, steps: str) -> str:
     group = plain_group(setting, model, int(steps))
     rows = [] if group is None else [line for row in group.rows for line in _diagnoses(row)]
     head = ("method", "step", "blocks' gradient", "of a batch", "token cosine", "norm ratio", "bias", "cosine with W")
-    return markdown(head, rows) if rows else NOT_RUN
+    return markdown_table(head, rows) if rows else NOT_RUN
 
 
 def _diagnoses(row: Row) -> list[tuple[str, ...]]:
@@ -102,7 +103,7 @@ def targets() -> str:
         estimate = None if row is None else row.to_exact
         what = (f"`{method}`", f"{setting.split('+')[0]}, {steps} steps", f"≤ {limit}")
         rows.append((*what, told(estimate) or "not run", verdict(estimate, limit)))
-    return markdown(("method", "setting", "target", "measured", "verdict"), rows)
+    return markdown_table(("method", "setting", "target", "measured", "verdict"), rows)
 
 
 def verdict(estimate: Estimate | None, limit: float) -> str:
@@ -119,7 +120,7 @@ def ladder_table(setting: str) -> str:
         return NOT_RUN
     head = ("D", "steps", "method", "last exit", "to exact local", "to backprop", "seeds", "PFLOP")
     found = tuple(sorted(found, key=lambda group: PRESETS[group.model].hidden_size))
-    return markdown(head, [_rung(group, row) for group in found for row in group.rows])
+    return markdown_table(head, [_rung(group, row) for group in found for row in group.rows])
 
 
 def _rung(group: Group, row: Row) -> tuple[str, ...]:
@@ -133,7 +134,7 @@ def slopes(setting: str) -> str:
     if found is None:
         return NOT_RUN
     rows = [(f"`{method}`", str(len(found.points[method])), told(slope)) for method, slope in found.slopes.items()]
-    return markdown(("method", "widths", "slope"), rows)
+    return markdown_table(("method", "widths", "slope"), rows)
 
 
 def sweep(setting: str, base: str, model: str, steps: str) -> str:
@@ -152,7 +153,7 @@ def sweep(setting: str, base: str, model: str, steps: str) -> str:
     stds = sorted({std for _, _, std in points})
     head = ("method", "learning rate", *(f"sd {std:g}" for std in stds))
     lines = dict.fromkeys((method, lr) for method, lr, _ in sorted(points))
-    return markdown(
+    return markdown_table(
         head,
         [(f"`{method}`", f"{lr:g}", *(_tried(points.get((method, lr, std))) for std in stds)) for method, lr in lines],
     )
@@ -207,8 +208,3 @@ def told(estimate: Estimate | None) -> str:
     margin = f" ± {estimate.half_width:.3f}" if math.isfinite(estimate.half_width) else ""
     text = f"{estimate.mean:+.3f}{margin}"
     return f"({text})" if estimate.against() == "unresolved" else text
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -159,7 +159,7 @@ def test_the_reference_leaves_early_and_late() -> None:
 
 
 def tolerance(name: str) -> dict[str, float]:
-    """Of models in fp64; norms of gemma2 compute in fp32, and a token alone rounds as its machine does."""
+    """Of models in fp64; gemma2 has norms and a softmax in fp32, where a token alone rounds as its machine does."""
     return {"rtol": 1e-5, "atol": 1e-6} if name == "gemma2" else {"rtol": 1e-10, "atol": 1e-10}
 
 

@@ -66,13 +66,18 @@ class Chart:
 
     def standalone_svg(self) -> bytes:
         """The picture with its description as a title, for a page that shows it as a file of its own."""
-        start = self.svg.index(b">", self.svg.index(b"<svg")) + 1
-        return self.svg[:start] + f"\n<title>{escape(self.alt)}</title>".encode() + self.svg[start:]
+        return titled(self.svg, self.alt)
 
     def png(self) -> bytes:
         """Render the picture in the light scheme."""
         with figure_style():
             return to_png(self.figure)
+
+
+def titled(svg: bytes, alt: str) -> bytes:
+    """A picture with its description as a title."""
+    start = svg.index(b">", svg.index(b"<svg")) + 1
+    return svg[:start] + f"\n<title>{escape(alt)}</title>".encode() + svg[start:]
 
 
 @dataclass(frozen=True, kw_only=True)

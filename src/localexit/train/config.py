@@ -254,20 +254,25 @@ class TrainConfig:
             self._check_cuda_graph()
 
     def _check_in_backward(self) -> None:
-        for name, needed in (("backward", "stream"), ("accumulate", 1), ("non_finite", "stop")):
-            if getattr(self, name) != needed:
-                raise ValueError(
-                    f"optimizer='in_backward' steps each unit before the others' gradients exist: expected "
-                    f"{name}={needed!r}, got {getattr(self, name)!r}; change it, or pass optimizer='after_backward'"
-                )
+        self._check_needed(
+            "optimizer='in_backward' steps each unit before the others' gradients exist",
+            {"backward": "stream", "accumulate": 1, "non_finite": "stop"},
+            "pass optimizer='after_backward'",
+        )
 
     def _check_cuda_graph(self) -> None:
-        expected = {"optimizer": "after_backward", "exits_per_step": None, "exit_warmup": 0, "shard": False}
-        for name, needed in expected.items():
-            if getattr(self, name) != needed:
+        self._check_needed(
+            "cuda_graph replays the same work in every step of one process",
+            {"optimizer": "after_backward", "exits_per_step": None, "exit_warmup": 0, "shard": False},
+            "leave cuda_graph out",
+        )
+
+    def _check_needed(self, why: str, needed: Mapping[str, Any], remedy: str) -> None:
+        """Refuse other values of these fields than the ones needed."""
+        for name, value in needed.items():
+            if getattr(self, name) != value:
                 raise ValueError(
-                    f"cuda_graph replays the same work in every step of one process: expected {name}={needed!r}, got "
-                    f"{getattr(self, name)!r}; change it, or leave cuda_graph out"
+                    f"{why}: expected {name}={value!r}, got {getattr(self, name)!r}; change it, or {remedy}"
                 )
 
     def _check_optimizer(self) -> None:
